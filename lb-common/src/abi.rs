@@ -1,0 +1,53 @@
+//! The version of the map layout and the settings record that carries it.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Version of everything in this crate that is visible through a BPF map.
+///
+/// Raise it with every change of a map's key, value or meaning. A daemon adopts pinned maps only
+/// when the version they carry equals its own.
+pub const ABI_VERSION: u32 = 1;
+
+/// Marks [`Settings::magic`]: the bytes `SLUICE` and a zero word, so that a foreign map is told
+/// apart from an old one.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"SLUICE\0\0");
+
+/// Units of the data plane's coarse clock in one second.
+///
+/// A tick is 2^20 ns (1.048576 ms) of `CLOCK_MONOTONIC`, counted in a `u32` that wraps after 52
+/// days; compare ticks with [`ticks_since`].
+pub const TICKS_PER_SECOND: u32 = 953;
+
+/// Converts nanoseconds of `CLOCK_MONOTONIC` to ticks.
+#[inline(always)]
+#[must_use]
+pub const fn ticks_from_ns(ns: u64) -> u32 {
+    (ns >> 20) as u32
+}
+
+/// Ticks that have passed from `earlier` to `now`, across a wrap of the counter.
+#[inline(always)]
+#[must_use]
+pub const fn ticks_since(now: u32, earlier: u32) -> u32 {
+    now.wrapping_sub(earlier)
+}
+
+/// The one record of map `settings`: what is common to all packets.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Settings {
+    /// [`MAGIC`].
+    pub magic: u64,
+    /// [`ABI_VERSION`] of the daemon that made the maps.
+    pub abi_version: u32,
+    /// First source port that `nat` may use, host order, inclusive.
+    pub nat_port_first: u16,
+    /// Last source port that `nat` may use, host order, inclusive.
+    pub nat_port_last: u16,
+    /// Seed of the port search, drawn at load so that ports are not predictable from outside.
+    pub nat_port_seed: u32,
+    /// Zero; room for what comes next without moving what is here.
+    pub reserved: [u32; 11],
+}
+
+const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);

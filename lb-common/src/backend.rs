@@ -1,0 +1,74 @@
+//! Backends, and the slots of the selection tables that name them.
+
+use bytemuck::{Pod, Zeroable};
+
+/// The backend number that stands for "none". Backend 0 of map `backends` is never used.
+pub const NO_BACKEND: u32 = 0;
+
+/// Flag: the next hop is resolved, packets can be sent.
+pub const BACKEND_RESOLVED: u8 = 1 << 0;
+/// Flag: the backend may keep its flows. Cleared when it is found dead; a SYN on one of its flows
+/// then picks again.
+pub const BACKEND_ALIVE: u8 = 1 << 1;
+
+/// One backend of one service: an element of map `backends`, one cache line.
+///
+/// Two services that share a server have a backend each, so counters and state never mix.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Backend {
+    /// Address, network order; IPv4 in word 0.
+    pub addr: [u32; 4],
+    /// The balancer's source address towards this backend in `nat`, network order.
+    pub source: [u32; 4],
+    /// Ethernet destination and source towards the next hop: twelve bytes as they stand in the
+    /// frame.
+    pub l2: [u32; 3],
+    /// Interface the next hop is behind.
+    pub ifindex: u32,
+    /// Number of the service it belongs to.
+    pub service: u32,
+    /// Raised each time the element is given to another backend, so that a flow of the former one
+    /// is told apart. A flow belongs here only if its generation is the same.
+    pub generation: u32,
+    /// Port, network order.
+    pub port: u16,
+    /// [`crate::addr::FAMILY_V4`] or [`crate::addr::FAMILY_V6`].
+    pub family: u8,
+    /// `BACKEND_*`.
+    pub flags: u8,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Backend>() == 64 && align_of::<Backend>() == 4);
+
+/// One slot of a selection table: an element of map `slots`.
+///
+/// Written with one 64-bit store, so a reader sees both numbers of the same moment.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Slot {
+    /// The backend that new flows of this slot go to, or [`NO_BACKEND`].
+    pub backend: u32,
+    /// The backend that owned the slot before; equal to `backend` when the slot is settled.
+    pub previous: u32,
+}
+
+const _: () = assert!(size_of::<Slot>() == 8);
+
+/// Live connections of one backend: an element of map `backend_load`.
+///
+/// Shared by all CPUs and changed atomically, only when a connection changes state.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Load {
+    /// Established TCP connections, and UDP flows.
+    pub active: u64,
+    /// TCP connections being opened or closed.
+    pub inactive: u64,
+    /// Keeps each record in a cache line of its own.
+    pub reserved: [u64; 6],
+}
+
+const _: () = assert!(size_of::<Load>() == 64);

@@ -1,0 +1,219 @@
+//! Flows: what the data plane remembers of a connection.
+
+use crate::addr::Address;
+use bytemuck::{Pod, Zeroable};
+
+/// Key of maps `flows4` and `flows6`: the 5-tuple of a packet as it arrives.
+///
+/// A `nat` connection has two entries, one for each direction a packet may arrive from. Each
+/// holds the tuple its packets are rewritten to, so either key can be had from the other entry
+/// ([`Flow::opposite`]).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Zeroable)]
+pub struct FlowKey<A> {
+    /// Source address, network order.
+    pub src: A,
+    /// Destination address, network order.
+    pub dst: A,
+    /// Source port, network order.
+    pub sport: u16,
+    /// Destination port, network order.
+    pub dport: u16,
+    /// IP protocol number (6 TCP, 17 UDP).
+    pub protocol: u32,
+}
+
+/// Direction: the entry matches packets from the client.
+pub const DIRECTION_CLIENT: u8 = 0;
+/// Direction: the entry matches packets from the backend.
+pub const DIRECTION_BACKEND: u8 = 1;
+
+/// Life of a flow; names in [`crate::names::STATE`]. Kept in the client's entry.
+pub mod state {
+    /// UDP: no states.
+    pub const UDP: u8 = 0;
+    /// The client's SYN went to the backend.
+    pub const SYN_SENT: u8 = 1;
+    /// The backend's SYN-ACK went to the client.
+    pub const SYN_RECEIVED: u8 = 2;
+    /// The client has acknowledged: an active connection.
+    pub const ESTABLISHED: u8 = 3;
+    /// The client has sent FIN.
+    pub const FIN_CLIENT: u8 = 4;
+    /// The backend has sent FIN.
+    pub const FIN_BACKEND: u8 = 5;
+    /// Both have sent FIN.
+    pub const TIME_WAIT: u8 = 6;
+    /// Ended by RST.
+    pub const CLOSED: u8 = 7;
+
+    /// Whether the connection counts as active, as IPVS counts: established TCP and any UDP.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_active(state: u8) -> bool {
+        state == ESTABLISHED || state == UDP
+    }
+
+    /// Whether a new SYN may replace the flow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(state: u8) -> bool {
+        state >= TIME_WAIT
+    }
+}
+
+/// Value of maps `flows4` and `flows6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct Flow<A> {
+    /// Source address the packet leaves with, network order.
+    pub src: A,
+    /// Destination address the packet leaves with, network order.
+    pub dst: A,
+    /// Source port the packet leaves with, network order.
+    pub sport: u16,
+    /// Destination port the packet leaves with, network order.
+    pub dport: u16,
+    /// The backend's number in map `backends`.
+    pub backend: u32,
+    /// [`crate::backend::Backend::generation`] at the time the flow was placed.
+    pub generation: u32,
+    /// The service's number in map `services`.
+    pub service: u32,
+    /// Backend's entry only: Ethernet destination and source towards the client, as they stand in
+    /// the frame.
+    pub l2: [u32; 3],
+    /// Backend's entry only: the interface the client's packet came from.
+    pub ifindex: u32,
+    /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
+    pub last_seen: u32,
+    /// Tick of the first packet.
+    pub created: u32,
+    /// What to add (ones' complement) to the sum of the IPv4 header when the addresses change.
+    pub l3_delta: u16,
+    /// What to add (ones' complement) to the transport sum when addresses and ports change.
+    pub l4_delta: u16,
+    /// One of [`state`].
+    pub state: u8,
+    /// `DIRECTION_*`.
+    pub direction: u8,
+    /// Zero.
+    pub reserved: u16,
+}
+
+// SAFETY: repr(C), and the assertions below show that there is no padding.
+unsafe impl Pod for FlowKey<u32> {}
+// SAFETY: as above.
+unsafe impl Pod for FlowKey<[u32; 4]> {}
+// SAFETY: as above.
+unsafe impl Pod for Flow<u32> {}
+// SAFETY: as above.
+unsafe impl Pod for Flow<[u32; 4]> {}
+const _: () = assert!(size_of::<FlowKey<u32>>() == 16);
+const _: () = assert!(size_of::<FlowKey<[u32; 4]>>() == 40);
+const _: () = assert!(size_of::<Flow<u32>>() == 56);
+const _: () = assert!(size_of::<Flow<[u32; 4]>>() == 80);
+
+impl<A: Address> Flow<A> {
+    /// The key of the other direction's entry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn opposite(&self, protocol: u32) -> FlowKey<A> {
+        FlowKey {
+            src: self.dst,
+            dst: self.src,
+            sport: self.dport,
+            dport: self.sport,
+            protocol,
+        }
+    }
+}
+
+/// The state that follows `state` when a TCP packet with these flags has been forwarded.
+///
+/// `from_backend` tells the direction. Follows RFC 9293 section 3.3.2 as far as an observer in
+/// the middle can; the balancer never judges sequence numbers.
+#[inline(always)]
+#[must_use]
+pub const fn next_state(state: u8, syn: bool, ack: bool, fin: bool, rst: bool, from_backend: bool) -> u8 {
+    use state::{
+        CLOSED, ESTABLISHED, FIN_BACKEND, FIN_CLIENT, SYN_RECEIVED, SYN_SENT, TIME_WAIT, UDP,
+    };
+    if state == UDP || state == CLOSED {
+        return state;
+    }
+    if rst {
+        return CLOSED;
+    }
+    if fin {
+        return match (state, from_backend) {
+            (FIN_BACKEND, false) | (FIN_CLIENT, true) | (TIME_WAIT, _) => TIME_WAIT,
+            (_, false) => FIN_CLIENT,
+            (_, true) => FIN_BACKEND,
+        };
+    }
+    match state {
+        SYN_SENT if from_backend && syn && ack => SYN_RECEIVED,
+        SYN_RECEIVED if !from_backend && ack && !syn => ESTABLISHED,
+        _ => state,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::state::*;
+    use super::*;
+
+    fn run(steps: &[(&str, bool)]) -> u8 {
+        let mut state = SYN_SENT;
+        for (flags, from_backend) in steps {
+            let has = |c: char| flags.contains(c);
+            state = next_state(state, has('S'), has('A'), has('F'), has('R'), *from_backend);
+        }
+        state
+    }
+
+    #[test]
+    fn handshake_establishes() {
+        assert_eq!(run(&[("SA", true)]), SYN_RECEIVED);
+        assert_eq!(run(&[("SA", true), ("A", false)]), ESTABLISHED);
+    }
+
+    #[test]
+    fn an_ack_before_the_syn_ack_does_not_establish() {
+        assert_eq!(run(&[("A", false)]), SYN_SENT);
+        assert_eq!(run(&[("SA", true), ("S", false)]), SYN_RECEIVED);
+    }
+
+    #[test]
+    fn both_fins_close_in_either_order() {
+        let open = [("SA", true), ("A", false)];
+        for (first, second) in [(true, false), (false, true)] {
+            let steps = [open[0], open[1], ("FA", first), ("A", second), ("FA", second)];
+            assert_eq!(run(&steps), TIME_WAIT);
+            let repeated = [open[0], open[1], ("FA", first), ("FA", first)];
+            assert_ne!(run(&repeated), TIME_WAIT, "one side's FIN twice is half closed");
+        }
+    }
+
+    #[test]
+    fn reset_ends_every_state_and_nothing_revives_it() {
+        assert_eq!(run(&[("R", true)]), CLOSED);
+        assert_eq!(run(&[("R", false), ("SA", true), ("A", false)]), CLOSED);
+    }
+
+    #[test]
+    fn udp_has_no_states() {
+        assert_eq!(next_state(UDP, true, true, true, true, true), UDP);
+    }
+
+    #[test]
+    fn opposite_of_opposite_is_the_key() {
+        let key = FlowKey { src: 1u32, dst: 2, sport: 3, dport: 4, protocol: 6 };
+        let client = Flow { src: 5u32, dst: 6, sport: 7, dport: 8, ..Flow::zeroed() };
+        let reply_key = client.opposite(6);
+        let reply = Flow { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..Flow::zeroed() };
+        assert_eq!(reply_key, FlowKey { src: 6, dst: 5, sport: 8, dport: 7, protocol: 6 });
+        assert_eq!(reply.opposite(6), key);
+    }
+}

@@ -1,0 +1,148 @@
+//! Services: what a packet's destination is looked up as.
+
+use crate::addr::Address;
+use bytemuck::{Pod, Zeroable};
+
+/// Key of maps `services4` and `services6`; the value is the service's number, a `u32`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct ServiceKey<A> {
+    /// The VIP, network order.
+    pub vip: A,
+    /// Destination port, network order.
+    pub port: u16,
+    /// IP protocol number (6 TCP, 17 UDP).
+    pub protocol: u16,
+}
+
+// SAFETY: repr(C), and the assertions below show that there is no padding.
+unsafe impl Pod for ServiceKey<u32> {}
+// SAFETY: as above.
+unsafe impl Pod for ServiceKey<[u32; 4]> {}
+const _: () = assert!(size_of::<ServiceKey<u32>>() == 8);
+const _: () = assert!(size_of::<ServiceKey<[u32; 4]>>() == 20);
+
+impl<A: Address> ServiceKey<A> {
+    /// The key of `vip:port/protocol`; `vip` and `port` in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(vip: A, port: u16, protocol: u8) -> Self {
+        Self {
+            vip,
+            port,
+            protocol: protocol as u16,
+        }
+    }
+}
+
+/// How packets reach the backend; names in [`crate::names::FORWARD`].
+pub mod forward {
+    /// Full NAT: destination and source rewritten, the reply returns to the balancer.
+    pub const NAT: u8 = 0;
+}
+
+/// How a backend is picked for a new flow; names in [`crate::names::SCHEDULER`].
+pub mod scheduler {
+    /// Slot by hash of the 5-tuple in a Maglev table.
+    pub const MAGLEV: u8 = 0;
+    /// Slots in turn; the table holds the smooth weighted sequence.
+    pub const ROUND_ROBIN: u8 = 1;
+    /// Slot by hash of the client address in a Maglev table.
+    pub const SOURCE_HASH: u8 = 2;
+}
+
+/// What a new flow meets when no backend can take it; names in [`crate::names::ON_NO_BACKEND`].
+pub mod on_no_backend {
+    /// TCP is answered with RST; UDP is dropped.
+    pub const RESET: u8 = 0;
+    /// Dropped without an answer.
+    pub const DROP: u8 = 1;
+    /// Handed to the kernel.
+    pub const PASS: u8 = 2;
+}
+
+/// What packets of an existing flow meet when its backend has died; names in
+/// [`crate::names::ON_BACKEND_DOWN`].
+pub mod on_backend_down {
+    /// Sent on as before.
+    pub const KEEP: u8 = 0;
+    /// TCP is answered with RST and the flow forgotten; UDP picks again.
+    pub const RESET: u8 = 1;
+}
+
+/// One service: an element of map `services`, one cache line.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Service {
+    /// The selection table: first element of map `slots` in the low 32 bits, number of slots in
+    /// the high 32 bits. Zero slots: no backend. Replaced with one 64-bit store.
+    pub table: u64,
+    /// Ticks a TCP handshake may take before a repeated SYN is answered with RST; 0 for no limit.
+    pub connect_timeout: u32,
+    /// One of [`forward`].
+    pub forward: u8,
+    /// One of [`scheduler`].
+    pub scheduler: u8,
+    /// One of [`on_no_backend`].
+    pub on_no_backend: u8,
+    /// One of [`on_backend_down`].
+    pub on_backend_down: u8,
+    /// Zero.
+    pub reserved: [u32; 12],
+}
+
+const _: () = assert!(size_of::<Service>() == 64 && align_of::<Service>() == 8);
+
+impl Service {
+    /// Packs the place of a selection table for [`Service::table`].
+    #[must_use]
+    pub const fn pack_table(first: u32, slots: u32) -> u64 {
+        (slots as u64) << 32 | first as u64
+    }
+
+    /// First slot and number of slots.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack_table(table: u64) -> (u32, u32) {
+        (table as u32, (table >> 32) as u32)
+    }
+}
+
+/// The round-robin position of one service: an element of map `cursors`.
+///
+/// In a map of its own, so that the line written with every new flow is not the line that every
+/// packet reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Cursor {
+    /// Number of flows placed so far; the next slot is this modulo the table's length.
+    pub next: u64,
+    /// Keeps each record in a cache line of its own.
+    pub reserved: [u64; 7],
+}
+
+const _: () = assert!(size_of::<Cursor>() == 64);
+
+/// Value of maps `vips4` and `vips6`, keyed by the address in network order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Vip {
+    /// `VIP_*`.
+    pub flags: u32,
+}
+
+/// Flag: ARP requests and neighbour solicitations for this address are answered, because no
+/// kernel address would.
+pub const VIP_ANSWER_ARP: u32 = 1 << 0;
+
+/// Value of map `interfaces`, keyed by interface index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Interface {
+    /// Ethernet address, as it stands in a frame.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub reserved: u16,
+}
+
+const _: () = assert!(size_of::<Interface>() == 8);
