@@ -1,1 +1,4 @@
 //! The library behind the `sluice` binary.
+
+pub mod api;
+pub mod config;

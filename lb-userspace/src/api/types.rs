@@ -1,0 +1,177 @@
+//! What the API says, as flat JSON objects. Field names are stable.
+
+use serde::{Deserialize, Serialize};
+
+/// Counters that services and backends share. Bytes are those of IP packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Established connections (and UDP flows).
+    pub active_connections: u64,
+    /// Connections being opened or closed.
+    pub inactive_connections: u64,
+    /// Connections since the counters began.
+    pub connections_total: u64,
+    /// Packets from clients.
+    pub packets_in: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Packets to clients.
+    pub packets_out: u64,
+    /// Bytes to clients.
+    pub bytes_out: u64,
+    /// Packets dropped or refused.
+    pub drops: u64,
+}
+
+/// `GET /v1/services`: one service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Service {
+    /// Name.
+    pub name: String,
+    /// `VIP:port`.
+    pub listen: String,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Forward mode.
+    pub forward: String,
+    /// Scheduler.
+    pub scheduler: String,
+    /// Backends that take new flows.
+    pub backends_up: u32,
+    /// Backends configured.
+    pub backends_total: u32,
+    /// Seconds an established flow may be silent.
+    pub idle_timeout_seconds: f64,
+    /// Seconds a handshake may take, if limited.
+    pub connect_timeout_seconds: Option<f64>,
+    /// `none`, `tcp` or `http`.
+    pub health: String,
+    /// Counters.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+/// `GET /v1/backends[?service=NAME]`: one backend of one service.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Service it belongs to.
+    pub service: String,
+    /// Name.
+    pub name: String,
+    /// `address:port`.
+    pub address: String,
+    /// Configured weight.
+    pub weight: u32,
+    /// Weight in force: 0 unless the backend takes new flows.
+    pub effective_weight: u32,
+    /// `ready`, `drain` or `maint`.
+    pub admin: String,
+    /// `up`, `down`, `starting`, `stopping` or `unknown`.
+    pub state: String,
+    /// The last check's result, such as `L7OK 200` or `L4TOUT`, or why no traffic can be sent.
+    pub reason: String,
+    /// Seconds since `state` last changed.
+    pub state_seconds: f64,
+    /// Time the last check took, if there was one.
+    pub check_ms: Option<f64>,
+    /// Counters.
+    #[serde(flatten)]
+    pub traffic: Traffic,
+}
+
+/// `GET /v1/drops`: packets dropped for one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drops {
+    /// Name of the reason.
+    pub reason: String,
+    /// Packets.
+    pub packets: u64,
+}
+
+/// `GET /v1/connections`: one flow, as `ipvsadm -lnc` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Connection {
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Seconds until it expires.
+    pub expires_seconds: f64,
+    /// State, such as `ESTABLISHED`.
+    pub state: String,
+    /// Client's `address:port`.
+    pub source: String,
+    /// VIP's `address:port`.
+    pub virtual_address: String,
+    /// Backend's `address:port`.
+    pub destination: String,
+    /// The balancer's own `address:port` towards the backend (`nat`).
+    pub nat_source: String,
+    /// Service name.
+    pub service: String,
+    /// Backend name.
+    pub backend: String,
+}
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Process number.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime: f64,
+    /// The configuration file in force.
+    pub config: String,
+    /// Whether the data plane of an earlier daemon was taken over.
+    pub adopted: bool,
+    /// Attached interfaces.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Programs in the kernel.
+    pub programs: Vec<ProgramStatus>,
+    /// Maps in the kernel.
+    pub maps: Vec<MapStatus>,
+    /// Services configured.
+    pub services: u32,
+    /// Backends in state `up`.
+    pub backends_up: u32,
+    /// Backends configured.
+    pub backends_total: u32,
+}
+
+/// One attached interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Name.
+    pub name: String,
+    /// `driver` or `generic`.
+    pub mode: String,
+}
+
+/// One program in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramStatus {
+    /// Name.
+    pub name: String,
+    /// The kernel's number for it.
+    pub id: u32,
+    /// Instructions the verifier walked, 0 where the kernel does not tell.
+    pub verified_instructions: u32,
+}
+
+/// One map in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapStatus {
+    /// Name.
+    pub name: String,
+    /// Entries in use.
+    pub entries: u64,
+    /// Entries it has room for.
+    pub max_entries: u64,
+}
+
+/// `GET /v1/services?...` and all others in case of failure: HTTP status 4xx or 5xx with this.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Error {
+    /// One line that names the object and what to do.
+    pub error: String,
+}

@@ -1,0 +1,186 @@
+//! The configuration: what the operator wants, parsed and validated.
+//!
+//! Text becomes a [`Config`] in one step and every value in it is already valid; nothing behind
+//! this module checks again.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+/// A whole configuration file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Section `[daemon]`.
+    pub daemon: Daemon,
+    /// Section `[limits]`.
+    pub limits: Limits,
+    /// Every `[[service]]`, in the order of the file, with `[defaults]` applied.
+    pub services: Vec<Service>,
+}
+
+/// Section `[daemon]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Daemon {
+    /// Interfaces the program is attached to.
+    pub interfaces: Vec<String>,
+    /// How it is attached.
+    pub mode: AttachMode,
+    /// Directory on a BPF file system that holds the pins.
+    pub pin_path: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// Where metrics and the API are served over TCP, if anywhere.
+    pub http: Option<SocketAddr>,
+    /// Whether ARP and neighbour discovery for VIPs are answered that no kernel address holds.
+    pub answer_arp: bool,
+    /// First and last source port of `nat`, inclusive; `None`: the larger range outside the host's
+    /// ephemeral ports.
+    pub nat_ports: Option<(u16, u16)>,
+}
+
+/// How the XDP program is attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// In the driver where it can, else generic.
+    Auto,
+    /// In the driver, or not at all.
+    Driver,
+    /// Behind the driver, on socket buffers: slower, works everywhere.
+    Generic,
+}
+
+/// Section `[limits]`: sizes of the maps, fixed when they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Entries of each family's flow table. A `nat` connection takes two.
+    pub flows: u32,
+    /// Services.
+    pub services: u32,
+    /// Backends, counted once for each service they serve.
+    pub backends: u32,
+    /// Slots of all selection tables together.
+    pub slots: u32,
+}
+
+/// One `[[service]]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    /// Unique name.
+    pub name: String,
+    /// VIP and port.
+    pub listen: SocketAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// One of [`lb_common::service::forward`].
+    pub forward: u8,
+    /// One of [`lb_common::service::scheduler`].
+    pub scheduler: u8,
+    /// One of [`lb_common::service::on_no_backend`].
+    pub on_no_backend: u8,
+    /// One of [`lb_common::service::on_backend_down`].
+    pub on_backend_down: u8,
+    /// How long an established flow may be silent.
+    pub idle_timeout: Duration,
+    /// How long a TCP handshake may take; `None`: as long as the client tries.
+    pub connect_timeout: Option<Duration>,
+    /// How backends are checked.
+    pub health: Health,
+    /// Backends, in the order of the file.
+    pub backends: Vec<Backend>,
+}
+
+/// Transport protocol of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// IP protocol 6.
+    Tcp,
+    /// IP protocol 17.
+    Udp,
+}
+
+/// One `[[service.backend]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Name, unique within the service; `address:port` if none was given.
+    pub name: String,
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Share of new flows relative to the other backends; 0: none, existing flows are kept.
+    pub weight: u32,
+}
+
+/// Section `[service.health]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// What is asked.
+    pub check: Check,
+    /// Time from the start of one check to the start of the next.
+    pub interval: Duration,
+    /// Time a check may take.
+    pub timeout: Duration,
+    /// Successes in a row that bring a backend up.
+    pub rise: u32,
+    /// Failures in a row that take it down.
+    pub fall: u32,
+}
+
+/// What a health check asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Nothing: the backend counts as up.
+    None,
+    /// A TCP connection.
+    Tcp {
+        /// Port to ask at instead of the backend's own.
+        port: Option<u16>,
+    },
+    /// An HTTP/1.1 request that must be answered with an expected status.
+    Http {
+        /// Port to ask at instead of the backend's own.
+        port: Option<u16>,
+        /// Method.
+        method: String,
+        /// Path, with query if any.
+        path: String,
+        /// `Host` header; `None`: the backend's address.
+        host: Option<String>,
+        /// Inclusive ranges of good status codes.
+        expect: Vec<(u16, u16)>,
+    },
+}
+
+impl Protocol {
+    /// IP protocol number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// `tcp` or `udp`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+impl Service {
+    /// The service as operators address it: `VIP:port/proto`.
+    #[must_use]
+    pub fn listener(&self) -> String {
+        format!("{}/{}", self.listen, self.protocol.name())
+    }
+
+    /// The VIP.
+    #[must_use]
+    pub const fn vip(&self) -> IpAddr {
+        self.listen.ip()
+    }
+}
