@@ -135,7 +135,14 @@ impl<A: Address> Flow<A> {
 /// the middle can; the balancer never judges sequence numbers.
 #[inline(always)]
 #[must_use]
-pub const fn next_state(state: u8, syn: bool, ack: bool, fin: bool, rst: bool, from_backend: bool) -> u8 {
+pub const fn next_state(
+    state: u8,
+    syn: bool,
+    ack: bool,
+    fin: bool,
+    rst: bool,
+    from_backend: bool,
+) -> u8 {
     use state::{
         CLOSED, ESTABLISHED, FIN_BACKEND, FIN_CLIENT, SYN_RECEIVED, SYN_SENT, TIME_WAIT, UDP,
     };
@@ -189,10 +196,20 @@ mod tests {
     fn both_fins_close_in_either_order() {
         let open = [("SA", true), ("A", false)];
         for (first, second) in [(true, false), (false, true)] {
-            let steps = [open[0], open[1], ("FA", first), ("A", second), ("FA", second)];
+            let steps = [
+                open[0],
+                open[1],
+                ("FA", first),
+                ("A", second),
+                ("FA", second),
+            ];
             assert_eq!(run(&steps), TIME_WAIT);
             let repeated = [open[0], open[1], ("FA", first), ("FA", first)];
-            assert_ne!(run(&repeated), TIME_WAIT, "one side's FIN twice is half closed");
+            assert_ne!(
+                run(&repeated),
+                TIME_WAIT,
+                "one side's FIN twice is half closed"
+            );
         }
     }
 
@@ -209,11 +226,38 @@ mod tests {
 
     #[test]
     fn opposite_of_opposite_is_the_key() {
-        let key = FlowKey { src: 1u32, dst: 2, sport: 3, dport: 4, protocol: 6 };
-        let client = Flow { src: 5u32, dst: 6, sport: 7, dport: 8, ..Flow::zeroed() };
+        let key = FlowKey {
+            src: 1u32,
+            dst: 2,
+            sport: 3,
+            dport: 4,
+            protocol: 6,
+        };
+        let client = Flow {
+            src: 5u32,
+            dst: 6,
+            sport: 7,
+            dport: 8,
+            ..Flow::zeroed()
+        };
         let reply_key = client.opposite(6);
-        let reply = Flow { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, ..Flow::zeroed() };
-        assert_eq!(reply_key, FlowKey { src: 6, dst: 5, sport: 8, dport: 7, protocol: 6 });
+        let reply = Flow {
+            src: key.dst,
+            dst: key.src,
+            sport: key.dport,
+            dport: key.sport,
+            ..Flow::zeroed()
+        };
+        assert_eq!(
+            reply_key,
+            FlowKey {
+                src: 6,
+                dst: 5,
+                sport: 8,
+                dport: 7,
+                protocol: 6
+            }
+        );
         assert_eq!(reply.opposite(6), key);
     }
 }

@@ -116,10 +116,7 @@ mod tests {
     #[test]
     fn equals_the_kernel() {
         assert_eq!(jhash_3words(1, 2, 3, 0), 0xa461_58f5);
-        assert_eq!(
-            jhash_3words(0x0a00_0001, 0x1234_5678, 6, SEED),
-            0x2905_ce38
-        );
+        assert_eq!(jhash_3words(0x0a00_0001, 0x1234_5678, 6, SEED), 0x2905_ce38);
         assert_eq!(jhash_4words(&[1, 2, 3, 4], 0), 0x6649_1246);
         assert_eq!(
             jhash_4words(&[0xffff_ffff, 0, 0xdead_beef, 7], SEED),
@@ -129,12 +126,24 @@ mod tests {
 
     #[test]
     fn ports_and_addresses_change_the_hash() {
-        let key = FlowKey { src: 1u32, dst: 2, sport: 3, dport: 4, protocol: 6 };
+        let key = FlowKey {
+            src: 1u32,
+            dst: 2,
+            sport: 3,
+            dport: 4,
+            protocol: 6,
+        };
         let base = flow_hash(&key);
         assert_ne!(base, flow_hash(&FlowKey { src: 9, ..key }));
         assert_ne!(base, flow_hash(&FlowKey { sport: 9, ..key }));
         assert_ne!(base, flow_hash(&FlowKey { dport: 9, ..key }));
-        assert_ne!(base, flow_hash(&FlowKey { protocol: 17, ..key }));
+        assert_ne!(
+            base,
+            flow_hash(&FlowKey {
+                protocol: 17,
+                ..key
+            })
+        );
         assert_eq!(base, flow_hash(&FlowKey { dst: 9, ..key }));
     }
 }

@@ -1,2 +1,4 @@
 //! Tasks.
+#[allow(dead_code)]
+mod bpf;
 fn main() {}
