@@ -1,1 +1,5 @@
-//! Test support.
+//! Support for the tests of Sluice: packets and their judgement, a harness around the real
+//! programs, a reference model, and networks of namespaces.
+
+pub mod oracle;
+pub mod packet;
