@@ -111,6 +111,29 @@ pub struct Connection {
     pub backend: String,
 }
 
+/// `GET /v1/connections/count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Count {
+    /// Flows that match.
+    pub connections: u64,
+}
+
+/// The query of `GET /v1/connections` and `GET /v1/connections/count`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectionQuery {
+    /// Name or `VIP:port/protocol` of a service.
+    pub service: Option<String>,
+    /// Name or `address:port` of a backend.
+    pub backend: Option<String>,
+    /// Client's address, prefix or `address:port`.
+    pub client: Option<String>,
+    /// State, such as `ESTABLISHED`; upper or lower case.
+    pub state: Option<String>,
+    /// How many at most; all if left out.
+    pub limit: Option<usize>,
+}
+
 /// `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -122,6 +145,8 @@ pub struct Status {
     pub uptime: f64,
     /// The configuration file in force.
     pub config: String,
+    /// Why the last reload was refused, if it was; the configuration before it is in force.
+    pub reload_error: Option<String>,
     /// Whether the data plane of an earlier daemon was taken over.
     pub adopted: bool,
     /// Attached interfaces.
@@ -169,7 +194,7 @@ pub struct MapStatus {
     pub max_entries: u64,
 }
 
-/// `GET /v1/services?...` and all others in case of failure: HTTP status 4xx or 5xx with this.
+/// The body of every answer whose HTTP status is 4xx or 5xx.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
     /// One line that names the object and what to do.
