@@ -1,0 +1,217 @@
+//! The client: HTTP requests, each on a connection of its own, and what became of them.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, body::Bytes, client::conn::http1::SendRequest, header};
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpStream, time::timeout};
+
+/// A request that has taken longer has failed.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// One request and its outcome.
+pub struct Outcome {
+    /// When it was sent.
+    pub sent: Instant,
+    /// When it was answered, or had failed.
+    pub done: Instant,
+    /// Who answered; `None`: it failed.
+    pub backend: Option<String>,
+}
+
+/// A connection that stays open from request to request.
+pub struct Connection(SendRequest<Empty<Bytes>>);
+
+impl Connection {
+    /// Connects.
+    pub async fn open(server: SocketAddr) -> Result<Self> {
+        let stream = timeout(PATIENCE, TcpStream::connect(server)).await??;
+        let (sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        // Its errors reach the request that is waiting.
+        tokio::spawn(connection);
+        Ok(Self(sender))
+    }
+
+    /// Asks for `/`: the name of whoever answers.
+    pub async fn ask(&mut self) -> Result<String> {
+        let request = Request::get("/")
+            .header(header::HOST, "demo")
+            .body(Empty::new())?;
+        let answer = timeout(PATIENCE, async {
+            let answer = self.0.send_request(request).await?;
+            ensure!(answer.status().is_success(), "status {}", answer.status());
+            let body = answer.into_body().collect().await?.to_bytes();
+            String::from_utf8(body.to_vec()).context("the answer is not text")
+        });
+        answer.await?
+    }
+}
+
+/// One request on a connection of its own.
+pub async fn request(server: SocketAddr) -> Outcome {
+    let sent = Instant::now();
+    let answer = async { Connection::open(server).await?.ask().await };
+    let backend = answer.await.ok();
+    Outcome {
+        sent,
+        done: Instant::now(),
+        backend,
+    }
+}
+
+/// `count` requests, one after the other.
+pub async fn in_sequence(server: SocketAddr, count: usize) -> Vec<Outcome> {
+    let mut outcomes = Vec::with_capacity(count);
+    for _ in 0..count {
+        outcomes.push(request(server).await);
+    }
+    outcomes
+}
+
+/// Requests that keep coming, seen and stopped from outside.
+#[derive(Default)]
+pub struct Load {
+    done: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl Load {
+    /// Requests that have been answered or have failed.
+    pub fn done(&self) -> usize {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// No further requests.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Sends requests from `clients` at once, each with `pause` between two, until stopped.
+    pub async fn run(&self, server: SocketAddr, clients: usize, pause: Duration) -> Vec<Outcome> {
+        let one = async || {
+            let mut outcomes = Vec::new();
+            while !self.stop.load(Ordering::Relaxed) {
+                outcomes.push(request(server).await);
+                self.done.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(pause).await;
+            }
+            outcomes
+        };
+        let all = futures_util::future::join_all((0..clients).map(|_| one())).await;
+        let mut outcomes: Vec<_> = all.into_iter().flatten().collect();
+        outcomes.sort_by_key(|outcome| outcome.sent);
+        outcomes
+    }
+}
+
+/// Answers of each backend.
+pub fn by_backend(outcomes: &[Outcome]) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for name in outcomes.iter().filter_map(|o| o.backend.as_deref()) {
+        *counts.entry(name).or_default() += 1;
+    }
+    counts
+}
+
+/// The time that `share` (0 to 1) of the answered requests stayed within.
+pub fn quantile(outcomes: &[Outcome], share: f64) -> Option<Duration> {
+    let mut times: Vec<_> = outcomes
+        .iter()
+        .filter(|o| o.backend.is_some())
+        .map(|o| o.done - o.sent)
+        .collect();
+    times.sort_unstable();
+    let rank = (times.len() as f64 * share).ceil() as usize;
+    times.get(rank.saturating_sub(1)).copied()
+}
+
+/// What happened around the death of a backend.
+pub struct Failover {
+    /// Requests sent from the death to the last failure.
+    pub sent_during: usize,
+    /// Of those, failed.
+    pub failed: usize,
+    /// From the death to the moment the last failed request was sent; `None`: none failed.
+    pub last_failure: Option<Duration>,
+    /// Requests sent after the last failure, all answered.
+    pub answered_after: usize,
+    /// Requests that failed though they were sent before the death, on connections it cut.
+    pub cut: usize,
+}
+
+/// Reads the figures of a failover off requests that were sent throughout it.
+pub fn failover(outcomes: &[Outcome], death: Instant) -> Failover {
+    let (before, after): (Vec<_>, Vec<_>) = outcomes.iter().partition(|o| o.sent < death);
+    let failures = after.iter().filter(|o| o.backend.is_none()).count();
+    let last = after.iter().rposition(|o| o.backend.is_none());
+    let sent_during = last.map_or(0, |last| last + 1);
+    Failover {
+        sent_during,
+        failed: failures,
+        last_failure: last.map(|last| after[last].sent - death),
+        answered_after: after.len() - sent_during,
+        cut: before.iter().filter(|o| o.backend.is_none()).count(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(epoch: Instant, sent_ms: u64, backend: Option<&str>) -> Outcome {
+        let sent = epoch + Duration::from_millis(sent_ms);
+        Outcome {
+            sent,
+            done: sent + Duration::from_millis(1),
+            backend: backend.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn failover_counts_what_was_sent_after_the_death() {
+        let epoch = Instant::now();
+        let outcomes = [
+            outcome(epoch, 0, Some("a")),
+            outcome(epoch, 9, None),
+            outcome(epoch, 11, Some("a")),
+            outcome(epoch, 12, None),
+            outcome(epoch, 30, None),
+            outcome(epoch, 31, Some("a")),
+            outcome(epoch, 32, Some("b")),
+        ];
+        let failover = failover(&outcomes, epoch + Duration::from_millis(10));
+        assert_eq!(failover.cut, 1);
+        assert_eq!(failover.sent_during, 3);
+        assert_eq!(failover.failed, 2);
+        assert_eq!(failover.last_failure, Some(Duration::from_millis(20)));
+        assert_eq!(failover.answered_after, 2);
+    }
+
+    #[test]
+    fn a_failover_without_failures_has_no_last_one() {
+        let epoch = Instant::now();
+        let failover = failover(&[outcome(epoch, 5, Some("a"))], epoch);
+        assert_eq!(failover.failed, 0);
+        assert_eq!(failover.last_failure, None);
+        assert_eq!(failover.answered_after, 1);
+    }
+
+    #[test]
+    fn quantiles_leave_failures_out() {
+        let epoch = Instant::now();
+        let mut outcomes: Vec<_> = (0..10).map(|i| outcome(epoch, i, Some("a"))).collect();
+        assert_eq!(quantile(&outcomes, 0.5), Some(Duration::from_millis(1)));
+        outcomes.clear();
+        outcomes.push(outcome(epoch, 0, None));
+        assert_eq!(quantile(&outcomes, 0.5), None);
+        assert!(by_backend(&outcomes).is_empty());
+    }
+}
