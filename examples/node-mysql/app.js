@@ -43,7 +43,7 @@ app.get('/users', async (request, response) => {
 app.post('/users', async (request, response) => {
   const { name, email } = request.body ?? {};
   if (!isText(name) || !isText(email)) {
-    response.status(400).json({ app: NAME, error: 'name and email are required' });
+    response.status(400).json({ app: NAME, error: `name and email are required, up to ${LONGEST} characters each` });
     return;
   }
   try {

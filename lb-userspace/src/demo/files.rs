@@ -55,19 +55,11 @@ impl Files {
             .with_context(|| format!("{}: cannot write it", path.display()))
     }
 
-    /// The end of the log, for an error.
-    pub fn last_words(&self) -> String {
+    /// The end of the log.
+    pub fn last_words(&self) -> Vec<String> {
         let log = fs::read_to_string(self.log()).unwrap_or_default();
-        let lines: Vec<_> = log.lines().collect();
-        let last = &lines[lines.len().saturating_sub(LAST_LINES)..];
-        if last.is_empty() {
-            "demo: failed".to_owned()
-        } else {
-            format!(
-                "demo: failed; the daemon's last words:\n{}\n",
-                last.join("\n")
-            )
-        }
+        let mut lines: Vec<_> = log.lines().map(str::to_owned).collect();
+        lines.split_off(lines.len().saturating_sub(LAST_LINES))
     }
 }
 

@@ -121,10 +121,9 @@ async fn show() -> Result<Demo> {
         demo.recovery().await?;
         demo.drain().await
     };
-    match outcome.await {
-        Ok(()) => Ok(demo),
-        Err(error) => Err(error.context(demo.files.last_words())),
-    }
+    let outcome = outcome.await;
+    demo.explained(outcome)?;
+    Ok(demo)
 }
 
 impl Demo {
@@ -148,11 +147,20 @@ impl Demo {
         let ready = demo.wait("all backends are up", |backends| {
             backends.len() == BACKENDS.len() && backends.iter().all(is_up)
         });
-        if let Err(error) = ready.await {
-            return Err(error.context(demo.files.last_words()));
-        }
+        let ready = ready.await;
+        demo.explained(ready)?;
         demo.introduce().await?;
         Ok(demo)
+    }
+
+    /// Where a step has failed, the log often says why, and it is about to be removed.
+    fn explained(&self, outcome: Result<()>) -> Result<()> {
+        if outcome.is_err() {
+            for line in self.files.last_words() {
+                eprintln!("  {line}");
+            }
+        }
+        outcome.context("demo")
     }
 
     async fn introduce(&self) -> Result<()> {
@@ -332,6 +340,8 @@ impl Demo {
         let client_thread = self.fabric.client.hold()?;
         let socket = self.files.socket();
         let socket = socket.display();
+        let sluice = std::env::current_exe()?;
+        let sluice = sluice.display();
         println!("\n{}", self.report.paint("1", "It stays up. Try:"));
         for (command, what) in [
             (
@@ -339,7 +349,7 @@ impl Demo {
                 "a request from the client",
             ),
             (
-                format!("sudo sluice --socket {socket} backend list"),
+                format!("sudo {sluice} --socket {socket} backend list"),
                 "the table; also: stats, conn list, status",
             ),
             (
