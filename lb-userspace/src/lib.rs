@@ -2,5 +2,6 @@
 
 pub mod api;
 pub mod config;
+pub mod demo;
 pub mod metrics;
 pub mod model;
