@@ -6,8 +6,6 @@ use std::{
     process::ExitCode,
 };
 
-// The other half of this module serves `cargo xtask`.
-#[allow(dead_code)]
 #[path = "../xtask/src/bpf.rs"]
 mod bpf;
 

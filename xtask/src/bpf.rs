@@ -3,6 +3,8 @@
 //! `lb-userspace/build.rs` includes this file as a module, so that a plain `cargo build` embeds the object: nothing but
 //! `std` may be used here.
 
+#![allow(dead_code, reason = "xtask and the build script each use their part")]
+
 use std::{
     env,
     ffi::{OsStr, OsString},
@@ -16,6 +18,9 @@ pub const TARGET: &str = "bpfel-unknown-none";
 
 /// Where Debian puts its own compiler; looked at even where rustup's proxies come first in `PATH`.
 const DISTRIBUTION_RUSTC: &str = "/usr/bin/rustc";
+
+/// The `rust-version` of the workspace.
+const OLDEST: (u32, u32) = (1, 95);
 
 /// What the object is compiled with, beside the linker.
 ///
@@ -99,27 +104,27 @@ fn missing(compiler: bool, linker: bool) -> String {
 
 /// Finds a compiler for the BPF target: `SLUICE_BPF_RUSTC`, the distribution's, the one in `PATH`, then rustup's nightly.
 pub fn find_compiler() -> Option<Compiler> {
-    let named = env::var_os("SLUICE_BPF_RUSTC").filter(|name| !name.is_empty());
-    let candidates = match named {
-        // What was asked for is taken or refused, never replaced in silence.
-        Some(rustc) => vec![PathBuf::from(rustc)],
-        None => [Some(DISTRIBUTION_RUSTC.into()), in_path("rustc")]
-            .into_iter()
-            .flatten()
-            .collect(),
-    };
-    let asked = env::var_os("SLUICE_BPF_RUSTC").is_some_and(|name| !name.is_empty());
-    candidates
-        .into_iter()
-        .find_map(prebuilt)
-        .or_else(|| if asked { None } else { nightly() })
+    // What was asked for is taken or refused, never replaced in silence.
+    if let Some(rustc) = env::var_os("SLUICE_BPF_RUSTC").filter(|name| !name.is_empty()) {
+        return prebuilt(rustc.into());
+    }
+    prebuilt(DISTRIBUTION_RUSTC.into())
+        .or_else(|| prebuilt(in_path("rustc")?))
+        .or_else(nightly)
 }
 
 fn prebuilt(rustc: PathBuf) -> Option<Compiler> {
     let sysroot = output(Command::new(&rustc).args(["--print", "sysroot"]))?;
     has_core(Path::new(&sysroot)).then_some(())?;
     let version = output(Command::new(&rustc).arg("--version"))?;
-    Some(Compiler::Prebuilt { rustc, version })
+    is_recent(&version).then_some(Compiler::Prebuilt { rustc, version })
+}
+
+/// Whether `rustc --version` names a version that the workspace's `rust-version` admits.
+fn is_recent(version: &str) -> bool {
+    let numbers = version.split([' ', '.', '-']).skip(1);
+    let numbers: Vec<u32> = numbers.map_while(|number| number.parse().ok()).collect();
+    matches!(numbers[..], [major, minor, ..] if (major, minor) >= OLDEST)
 }
 
 fn has_core(sysroot: &Path) -> bool {
@@ -329,6 +334,17 @@ mod tests {
         let flags: Vec<_> = flags.to_str().unwrap().split('\u{1f}').collect();
         assert_eq!(flags[0], "-Clinker=/opt/my tools/bpf-linker");
         assert_eq!(flags[1..], FLAGS);
+    }
+
+    #[test]
+    fn compilers_older_than_the_workspace_are_passed_over() {
+        assert!(is_recent(
+            "rustc 1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)"
+        ));
+        assert!(is_recent("rustc 1.99.0-nightly (0123abcd 2026-09-01)"));
+        assert!(is_recent("rustc 2.0.0"));
+        assert!(!is_recent("rustc 1.85.0 (built from a source tarball)"));
+        assert!(!is_recent("rustc"));
     }
 
     #[test]
