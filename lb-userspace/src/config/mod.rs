@@ -3,11 +3,32 @@
 //! Text becomes a [`Config`] in one step and every value in it is already valid; nothing behind
 //! this module checks again.
 
+mod daemon;
+mod error;
+mod read;
+mod select;
+mod service;
+#[cfg(test)]
+mod tests;
+mod value;
+mod whole;
+
+pub use error::Error;
+pub use select::{BackendSelector, SelectError, ServiceSelector};
+pub use value::Human;
+
+use read::{Section, Source};
 use std::{
+    fs::File,
+    io::Read,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
+use toml::de::DeTable;
+
+/// A file above this size is no configuration.
+const FILE_MAX: u64 = 64 << 20;
 
 /// A whole configuration file.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,6 +170,61 @@ pub enum Check {
         /// Inclusive ranges of good status codes.
         expect: Vec<(u16, u16)>,
     },
+}
+
+impl Config {
+    /// Reads and checks the file `path`.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let mut bytes = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(FILE_MAX + 1).read_to_end(&mut bytes))
+            .map_err(|error| {
+                let remedy = "check the path and its permissions";
+                Error::file(path, format!("cannot be read: {error}; {remedy}"))
+            })?;
+        if bytes.len() as u64 > FILE_MAX {
+            let message = format!(
+                "is larger than {} MiB; is it a configuration?",
+                FILE_MAX >> 20
+            );
+            return Err(Error::file(path, message));
+        }
+        match str::from_utf8(&bytes) {
+            Ok(text) => Self::parse(text, path),
+            Err(error) => {
+                let before = &bytes[..error.valid_up_to()];
+                let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
+                let message = "this line is not UTF-8 text; save the file as UTF-8";
+                Err(Error::at(path, line, message))
+            }
+        }
+    }
+
+    /// Checks `text`; `path` is what errors call it.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
+        let source = Source { path, text };
+        let table = DeTable::parse(text).map_err(|error| {
+            let offset = error.span().map_or(0, |span| span.start);
+            source.error(offset, format!("not valid TOML: {}", error.message()))
+        })?;
+        let root = Section::root(source, table.get_ref());
+        root.only(&["daemon", "limits", "defaults", "service"])?;
+        let daemon = daemon::daemon(&root)?;
+        let (limits, limits_offset) = daemon::limits(&root)?;
+        let defaults = service::defaults(&root)?;
+        let services = root
+            .tables("service", "service")?
+            .into_iter()
+            .enumerate()
+            .map(|(index, section)| service::service(section, index + 1, &defaults))
+            .collect::<Result<Vec<_>, Error>>()?;
+        whole::check(&root, &limits, limits_offset, &services)?;
+        Ok(Self {
+            daemon,
+            limits,
+            services: services.into_iter().map(|placed| placed.service).collect(),
+        })
+    }
 }
 
 impl Protocol {

@@ -1,0 +1,230 @@
+//! Sections `[daemon]` and `[limits]`.
+
+use super::{
+    AttachMode, Daemon, Error, Limits,
+    read::{Entry, Section, quote},
+    value,
+};
+use std::{net::SocketAddr, path::PathBuf};
+
+/// Longest path of a unix socket: `sun_path` of `sockaddr_un` without its closing zero.
+const SOCKET_PATH_MAX: usize = 107;
+/// Longest name of an interface: `IFNAMSIZ` without its closing zero.
+const INTERFACE_NAME_MAX: usize = 15;
+/// What map `interfaces` has room for.
+const INTERFACES_MAX: usize = 256;
+
+const MODES: [(&str, AttachMode); 3] = [
+    ("auto", AttachMode::Auto),
+    ("driver", AttachMode::Driver),
+    ("generic", AttachMode::Generic),
+];
+
+/// Reads `[daemon]`.
+pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
+    let section = root.table("daemon", "daemon")?.ok_or_else(|| {
+        let message = "section [daemon] is missing; write [daemon] and interfaces = [\"eth0\"]";
+        root.error(0, message)
+    })?;
+    section.only(&[
+        "interfaces",
+        "mode",
+        "pin_path",
+        "socket",
+        "http",
+        "answer_arp",
+        "nat_ports",
+    ])?;
+    let interfaces = interfaces(&section)?;
+    let mode = match section.get("mode") {
+        None => AttachMode::Auto,
+        Some(entry) => mode(&entry)?,
+    };
+    let pin_path = match section.get("pin_path") {
+        None => PathBuf::from(Daemon::PIN_PATH),
+        Some(entry) => pin_path(&entry)?,
+    };
+    let socket = match section.get("socket") {
+        None => PathBuf::from(Daemon::SOCKET),
+        Some(entry) => socket(&entry)?,
+    };
+    let http = section.get("http").map(|entry| http(&entry)).transpose()?;
+    let answer_arp = match section.get("answer_arp") {
+        None => true,
+        Some(entry) => entry.boolean()?,
+    };
+    let nat_ports = section
+        .get("nat_ports")
+        .map(|entry| {
+            let text = entry.text("1024-32767")?;
+            value::range(text, 1, u16::MAX).map_err(|message| entry.bad(text, message))
+        })
+        .transpose()?;
+    Ok(Daemon {
+        interfaces,
+        mode,
+        pin_path,
+        socket,
+        http,
+        answer_arp,
+        nat_ports,
+    })
+}
+
+fn interfaces(section: &Section<'_>) -> Result<Vec<String>, Error> {
+    let entry = section.require("interfaces", "write interfaces = [\"eth0\"]")?;
+    let names = entry.texts("eth0")?;
+    if names.is_empty() {
+        return Err(entry.error("interfaces is empty; name at least one, see \"ip link\""));
+    }
+    if names.len() > INTERFACES_MAX {
+        let message = format!("interfaces has more than {INTERFACES_MAX} names; remove some");
+        return Err(entry.error(message));
+    }
+    let mut known: Vec<String> = Vec::with_capacity(names.len());
+    for name in names {
+        if let Some(message) = interface_name(name.value) {
+            let quoted = quote(name.value);
+            return Err(section.error(name.offset, format!("interface {quoted} {message}")));
+        }
+        if known.iter().any(|other| other == name.value) {
+            let message = format!("interface \"{}\" is named twice; remove one", name.value);
+            return Err(section.error(name.offset, message));
+        }
+        known.push(name.value.to_owned());
+    }
+    Ok(known)
+}
+
+/// What is wrong with the name of an interface, by the rules of the kernel's `dev_valid_name`.
+fn interface_name(name: &str) -> Option<String> {
+    if name.is_empty() {
+        return Some("is empty; see \"ip link\" for the names".to_owned());
+    }
+    if name.len() > INTERFACE_NAME_MAX {
+        return Some(format!(
+            "is longer than {INTERFACE_NAME_MAX} bytes, the kernel's limit; see \"ip link\" for the names"
+        ));
+    }
+    let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
+    if name.contains(bad) || name == "." || name == ".." {
+        return Some("is not a name of an interface; see \"ip link\" for the names".to_owned());
+    }
+    None
+}
+
+fn mode(entry: &Entry<'_, '_>) -> Result<AttachMode, Error> {
+    let text = entry.text("auto")?;
+    MODES
+        .iter()
+        .find(|(word, _)| *word == text)
+        .map(|(_, mode)| *mode)
+        .ok_or_else(|| entry.bad(text, "is unknown; use auto, driver or generic"))
+}
+
+fn absolute(entry: &Entry<'_, '_>, example: &str) -> Result<PathBuf, Error> {
+    let text = entry.text(example)?;
+    if !text.starts_with('/') {
+        let message = format!("is not an absolute path; begin with \"/\", such as \"{example}\"");
+        return Err(entry.bad(text, message));
+    }
+    if text.contains('\0') {
+        return Err(entry.bad(text, "holds a zero byte; remove it"));
+    }
+    Ok(PathBuf::from(text))
+}
+
+fn pin_path(entry: &Entry<'_, '_>) -> Result<PathBuf, Error> {
+    let path = absolute(entry, Daemon::PIN_PATH)?;
+    // The BPF file system refuses to make names with dots in them (bpf_lookup in
+    // kernel/bpf/inode.c); so the error would come only when the daemon starts.
+    let last = path.file_name().map(|name| name.to_string_lossy());
+    match last {
+        Some(name) if !name.contains('.') => Ok(path),
+        _ => {
+            let message = format!(
+                "cannot be made on a BPF file system; use a directory whose name has no dot, such as \"{}\"",
+                Daemon::PIN_PATH
+            );
+            Err(entry.bad(&path.to_string_lossy(), message))
+        }
+    }
+}
+
+fn socket(entry: &Entry<'_, '_>) -> Result<PathBuf, Error> {
+    let path = absolute(entry, Daemon::SOCKET)?;
+    let text = path.to_string_lossy();
+    if text.len() > SOCKET_PATH_MAX {
+        let message = format!(
+            "is longer than {SOCKET_PATH_MAX} bytes, the limit of a socket's path; shorten it"
+        );
+        return Err(entry.bad(&text, message));
+    }
+    if text.ends_with('/') || path.file_name().is_none() {
+        return Err(entry.bad(&text, "is a directory; name a file in it"));
+    }
+    Ok(path)
+}
+
+fn http(entry: &Entry<'_, '_>) -> Result<SocketAddr, Error> {
+    const WRITE: &str = "write it like \"127.0.0.1:9099\" or \"[::1]:9099\"";
+    let text = entry.text("127.0.0.1:9099")?;
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| entry.bad(text, format!("is not an address and port; {WRITE}")))?;
+    if address.port() == 0 {
+        return Err(entry.bad(text, "has port 0; choose 1 to 65535"));
+    }
+    Ok(address)
+}
+
+impl Daemon {
+    /// Default of `pin_path`.
+    pub const PIN_PATH: &str = "/sys/fs/bpf/sluice";
+    /// Default of `socket`.
+    pub const SOCKET: &str = "/run/sluice/control.sock";
+}
+
+impl Limits {
+    /// What `[limits]` has without being told.
+    pub const DEFAULT: Self = Self {
+        flows: 1 << 20,
+        services: 4096,
+        backends: 16384,
+        slots: 1 << 22,
+    };
+    // Map sizes and numbers in the maps are 32 bits wide; above these the memory is no longer
+    // that of one machine.
+    const LARGEST: Self = Self {
+        flows: 1 << 28,
+        services: 1 << 20,
+        backends: 1 << 24,
+        slots: 1 << 30,
+    };
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// Reads `[limits]`; the offset is where an error about them belongs.
+pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
+    let Some(section) = root.table("limits", "limits")? else {
+        return Ok((Limits::DEFAULT, 0));
+    };
+    section.only(&["flows", "services", "backends", "slots"])?;
+    let limit = |key, default, largest| match section.get(key) {
+        None => Ok(default),
+        Some(entry) => entry.integer(1, largest),
+    };
+    let (default, largest) = (Limits::DEFAULT, Limits::LARGEST);
+    let limits = Limits {
+        flows: limit("flows", default.flows, largest.flows)?,
+        services: limit("services", default.services, largest.services)?,
+        backends: limit("backends", default.backends, largest.backends)?,
+        slots: limit("slots", default.slots, largest.slots)?,
+    };
+    Ok((limits, section.offset))
+}

@@ -1,0 +1,582 @@
+//! Section `[[service]]` with what is below it, and `[defaults]`.
+
+use super::{
+    Backend, Check, Error, Health, Protocol, Service,
+    read::{At, Entry, Section, closest, quote},
+    value::{self, Human, Prefix},
+};
+use lb_common::{
+    names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, number_of},
+    service::{forward, on_backend_down, on_no_backend, scheduler},
+};
+use std::{net::IpAddr, time::Duration};
+
+const IDLE_TIMEOUT_TCP: Duration = Duration::from_secs(15 * 60);
+const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(60);
+const INTERVAL: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_millis(500);
+const RISE: u32 = 2;
+const FALL: u32 = 3;
+const COUNT_MAX: u32 = 65_535;
+const WEIGHT_MAX: u32 = 65_535;
+const STATUS: (u16, u16) = (100, 599);
+const EXPECT: (u16, u16) = (200, 399);
+
+/// Keys that both a service and `[defaults]` may have.
+const CASCADING: [&str; 13] = [
+    "forward",
+    "scheduler",
+    "affinity",
+    "on_backend_down",
+    "on_no_backend",
+    "slow_start",
+    "drain_timeout",
+    "idle_timeout",
+    "connect_timeout",
+    "max_new_per_source",
+    "allow",
+    "deny",
+    "health",
+];
+
+/// The cascading keys as one section has them.
+#[derive(Default)]
+pub(super) struct Options {
+    forward: Option<At<u8>>,
+    scheduler: Option<At<u8>>,
+    on_backend_down: Option<At<u8>>,
+    on_no_backend: Option<At<u8>>,
+    idle_timeout: Option<At<Duration>>,
+    connect_timeout: Option<At<Duration>>,
+    allow: Option<At<Vec<Prefix>>>,
+    health: HealthOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    None,
+    Tcp,
+    Http,
+}
+
+impl Kind {
+    const WORDS: [(&'static str, Self); 3] = [
+        ("none", Self::None),
+        ("tcp", Self::Tcp),
+        ("http", Self::Http),
+    ];
+
+    fn name(self) -> &'static str {
+        Self::WORDS
+            .iter()
+            .find(|(_, kind)| *kind == self)
+            .map_or("", |(word, _)| word)
+    }
+}
+
+/// The keys of a section `health`.
+#[derive(Default)]
+struct HealthOptions {
+    kind: Option<At<Kind>>,
+    port: Option<At<u16>>,
+    method: Option<At<String>>,
+    path: Option<At<String>>,
+    host: Option<At<String>>,
+    expect: Option<At<Vec<(u16, u16)>>>,
+    interval: Option<At<Duration>>,
+    timeout: Option<At<Duration>>,
+    rise: Option<At<u32>>,
+    fall: Option<At<u32>>,
+}
+
+/// Reads `[defaults]`.
+pub(super) fn defaults(root: &Section<'_>) -> Result<Options, Error> {
+    match root.table("defaults", "defaults")? {
+        None => Ok(Options::default()),
+        Some(section) => {
+            section.only(&CASCADING)?;
+            Options::read(&section)
+        }
+    }
+}
+
+/// A service, and the places that errors about several services name.
+pub(super) struct Placed {
+    pub(super) service: Service,
+    pub(super) name: usize,
+    pub(super) listen: usize,
+    pub(super) backends: Vec<usize>,
+}
+
+/// Reads the service whose header is number `ordinal` in the file, counted from 1.
+pub(super) fn service(
+    mut section: Section<'_>,
+    ordinal: usize,
+    defaults: &Options,
+) -> Result<Placed, Error> {
+    section.object = format!("service {ordinal}");
+    let entry = section.require("name", "give it one, such as name = \"web\"")?;
+    let name = entry.text("web")?;
+    value::name(name).map_err(|message| entry.bad(name, message))?;
+    let name_offset = entry.offset;
+    section.object = format!("service {}", quote(name));
+
+    let mut known = vec!["name", "listen", "protocol", "backend"];
+    known.extend(CASCADING);
+    section.only(&known)?;
+
+    let entry = section.require("listen", "write listen = \"198.51.100.10:80\"")?;
+    let text = entry.text("198.51.100.10:80")?;
+    let listen_offset = entry.offset;
+    let listen = match value::listen(text).map_err(|message| entry.bad(text, message))? {
+        value::Listen::One(listen) => listen,
+        value::Listen::Range => {
+            return Err(entry.not_yet("listen with a range of ports", "write one port"));
+        }
+        value::Listen::Every => {
+            return Err(entry.not_yet("listen on every port", "write one port"));
+        }
+    };
+    let protocol = match section.get("protocol") {
+        None => Protocol::Tcp,
+        Some(entry) => match entry.text("tcp")? {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            text => return Err(entry.bad(text, "is unknown; use tcp or udp")),
+        },
+    };
+
+    let own = Options::read(&section)?;
+    let idle_timeout = pick(&own.idle_timeout, &defaults.idle_timeout).map_or(
+        match protocol {
+            Protocol::Tcp => IDLE_TIMEOUT_TCP,
+            Protocol::Udp => IDLE_TIMEOUT_UDP,
+        },
+        |at| at.value,
+    );
+    let connect_timeout = match (protocol, &own.connect_timeout) {
+        (Protocol::Udp, Some(at)) => {
+            let message = "connect_timeout is for tcp, where there is a handshake; remove it";
+            return Err(section.error(at.offset, message));
+        }
+        (Protocol::Udp, None) => None,
+        (Protocol::Tcp, own) => pick(own, &defaults.connect_timeout).map(|at| at.value),
+    };
+    if let Some(allow) = pick(&own.allow, &defaults.allow)
+        && !allow
+            .value
+            .iter()
+            .any(|prefix| prefix.is_all_of(listen.ip()))
+    {
+        return Err(section.error(allow.offset, "allow is not supported yet; remove it"));
+    }
+    let number =
+        |own, default, fallback| pick(own, default).map_or(fallback, |at: &At<u8>| at.value);
+
+    let mut backends = Vec::new();
+    let mut backend_offsets = Vec::new();
+    for (index, section) in section
+        .tables("backend", "service.backend")?
+        .into_iter()
+        .enumerate()
+    {
+        let (backend, offset) = backend(section, index + 1, listen.port())?;
+        backends.push(backend);
+        backend_offsets.push(offset);
+    }
+    Ok(Placed {
+        service: Service {
+            name: name.to_owned(),
+            listen,
+            protocol,
+            forward: number(&own.forward, &defaults.forward, forward::NAT),
+            scheduler: number(&own.scheduler, &defaults.scheduler, scheduler::MAGLEV),
+            on_no_backend: number(
+                &own.on_no_backend,
+                &defaults.on_no_backend,
+                on_no_backend::RESET,
+            ),
+            on_backend_down: number(
+                &own.on_backend_down,
+                &defaults.on_backend_down,
+                on_backend_down::KEEP,
+            ),
+            idle_timeout,
+            connect_timeout,
+            health: health(&section, protocol, &own.health, &defaults.health)?,
+            backends,
+        },
+        name: name_offset,
+        listen: listen_offset,
+        backends: backend_offsets,
+    })
+}
+
+/// What the service says, else what `[defaults]` says.
+fn pick<'a, T>(own: &'a Option<At<T>>, default: &'a Option<At<T>>) -> Option<&'a At<T>> {
+    own.as_ref().or(default.as_ref())
+}
+
+fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backend, usize), Error> {
+    let service = section.object.clone();
+    section.object = format!("{service}: backend {ordinal}");
+    let name = match section.get("name") {
+        None => None,
+        Some(entry) => {
+            let name = entry.text("app1")?;
+            value::name(name).map_err(|message| entry.bad(name, message))?;
+            section.object = format!("{service}: backend {}", quote(name));
+            Some(name)
+        }
+    };
+    let entry = section.require("address", "write address = \"10.0.0.11:3001\"")?;
+    let text = entry.text("10.0.0.11:3001")?;
+    let address = value::backend(text, port).map_err(|message| entry.bad(text, message))?;
+    let offset = entry.offset;
+    if name.is_none() {
+        section.object = format!("{service}: backend {address}");
+    }
+    section.only(&["name", "address", "weight", "backup", "max_connections"])?;
+    let weight = match section.get("weight") {
+        None => 1,
+        Some(entry) => entry.integer(0, WEIGHT_MAX)?,
+    };
+    if let Some(entry) = section.get("backup")
+        && entry.boolean()?
+    {
+        return Err(entry.not_yet("backup", "remove it"));
+    }
+    if let Some(entry) = section.get("max_connections")
+        && entry.integer(0, u32::MAX)? != 0
+    {
+        return Err(entry.not_yet("max_connections", "remove it"));
+    }
+    let backend = Backend {
+        name: name.map_or_else(|| address.to_string(), str::to_owned),
+        address,
+        weight,
+    };
+    Ok((backend, offset))
+}
+
+impl Options {
+    fn read(section: &Section<'_>) -> Result<Self, Error> {
+        let word = |key, names: Names, later: &[&str]| {
+            section
+                .get(key)
+                .map(|entry| choice(&entry, key, names, later))
+                .transpose()
+        };
+        let time = |key, example: &str| {
+            section
+                .get(key)
+                .map(|entry| positive(&entry, example))
+                .transpose()
+        };
+        let options = Self {
+            forward: word("forward", FORWARD, &["dnat", "dsr", "ipip", "gue"])?,
+            scheduler: word("scheduler", SCHEDULER, &["least-connections", "random"])?,
+            on_backend_down: word("on_backend_down", ON_BACKEND_DOWN, &["reschedule"])?,
+            on_no_backend: word("on_no_backend", ON_NO_BACKEND, &[])?,
+            idle_timeout: time("idle_timeout", "15m")?,
+            connect_timeout: time("connect_timeout", "1s")?,
+            allow: section
+                .get("allow")
+                .map(|entry| prefixes(section, &entry, "allow", "0.0.0.0/0"))
+                .transpose()?,
+            health: HealthOptions::read(section)?,
+        };
+        // Each of these is checked, so that a typing mistake is not hidden, and then refused.
+        for (key, example) in [("affinity", "10m"), ("slow_start", "30s")] {
+            if let Some(entry) = section.get(key)
+                && !any_duration(&entry, example)?.is_zero()
+            {
+                return Err(entry.not_yet(key, "remove it"));
+            }
+        }
+        if let Some(entry) = section.get("drain_timeout") {
+            any_duration(&entry, "5m")?;
+            return Err(entry.not_yet("drain_timeout", "remove it"));
+        }
+        if let Some(entry) = section.get("max_new_per_source") {
+            let text = entry.text("200/s")?;
+            value::rate(text).map_err(|message| entry.bad(text, message))?;
+            return Err(entry.not_yet("max_new_per_source", "remove it"));
+        }
+        if let Some(entry) = section.get("deny")
+            && !prefixes(section, &entry, "deny", "203.0.113.0/24")?
+                .value
+                .is_empty()
+        {
+            return Err(entry.not_yet("deny", "remove it"));
+        }
+        Ok(options)
+    }
+}
+
+/// One of `names`; those in `later` are known, but refused.
+fn choice(entry: &Entry<'_, '_>, key: &str, names: Names, later: &[&str]) -> Result<At<u8>, Error> {
+    let words: Vec<&str> = names.iter().map(|(_, word)| *word).collect();
+    let text = entry.text(words.first().copied().unwrap_or_default())?;
+    if let Some(number) = number_of(names, text) {
+        return Ok(entry.at(number));
+    }
+    let remedy = format!("use {}", words.join(" or "));
+    if later.contains(&text) {
+        return Err(entry.not_yet(format!("{key} {}", quote(text)), remedy));
+    }
+    Err(match closest(text, &words) {
+        Some(close) => entry.bad(text, format!("is unknown; did you mean {close}?")),
+        None => entry.bad(text, format!("is unknown; {remedy}")),
+    })
+}
+
+fn any_duration(entry: &Entry<'_, '_>, example: &str) -> Result<Duration, Error> {
+    let text = entry.text(example)?;
+    value::duration(text).map_err(|message| entry.bad(text, message))
+}
+
+fn positive(entry: &Entry<'_, '_>, example: &str) -> Result<At<Duration>, Error> {
+    let time = any_duration(entry, example)?;
+    if time.is_zero() {
+        let message = format!("is no time at all; choose more, such as \"{example}\"");
+        return Err(entry.bad(entry.text(example)?, message));
+    }
+    Ok(entry.at(time))
+}
+
+fn prefixes(
+    section: &Section<'_>,
+    entry: &Entry<'_, '_>,
+    key: &str,
+    example: &str,
+) -> Result<At<Vec<Prefix>>, Error> {
+    let prefixes: Result<Vec<Prefix>, Error> = entry
+        .texts(example)?
+        .into_iter()
+        .map(|at| {
+            at.value.parse().map_err(|message: String| {
+                section.error(at.offset, format!("{key} {} {message}", quote(at.value)))
+            })
+        })
+        .collect();
+    Ok(entry.at(prefixes?))
+}
+
+impl Prefix {
+    /// Whether the prefix holds every address of the family of `ip`.
+    fn is_all_of(self, ip: IpAddr) -> bool {
+        self.bits == 0 && self.address.is_ipv4() == ip.is_ipv4()
+    }
+}
+
+impl HealthOptions {
+    fn read(parent: &Section<'_>) -> Result<Self, Error> {
+        let Some(section) = parent.table("health", format!("{}: health", parent.object))? else {
+            return Ok(Self::default());
+        };
+        section.only(&[
+            "type", "port", "method", "path", "host", "expect", "interval", "timeout", "rise",
+            "fall",
+        ])?;
+        let text = |key, example: &str, check: fn(&str) -> Result<(), String>| {
+            section
+                .get(key)
+                .map(|entry| {
+                    let text = entry.text(example)?;
+                    check(text).map_err(|message| entry.bad(text, message))?;
+                    Ok(entry.at(text.to_owned()))
+                })
+                .transpose()
+        };
+        let time = |key, example: &str| {
+            section
+                .get(key)
+                .map(|entry| positive(&entry, example))
+                .transpose()
+        };
+        let count = |key| {
+            section
+                .get(key)
+                .map(|entry| Ok(entry.at(entry.integer(1, COUNT_MAX)?)))
+                .transpose()
+        };
+        let port = |entry: Entry<'_, '_>| {
+            let number = entry.integer(1, u32::from(u16::MAX))?;
+            Ok(entry.at(u16::try_from(number).unwrap_or(u16::MAX)))
+        };
+        Ok(Self {
+            kind: section.get("type").map(|entry| kind(&entry)).transpose()?,
+            port: section.get("port").map(port).transpose()?,
+            method: text("method", "GET", method)?,
+            path: text("path", "/health", path)?,
+            host: text("host", "www.example.com", host)?,
+            expect: section
+                .get("expect")
+                .map(|entry| expect(&section, &entry))
+                .transpose()?,
+            interval: time("interval", "1s")?,
+            timeout: time("timeout", "500ms")?,
+            rise: count("rise")?,
+            fall: count("fall")?,
+        })
+    }
+
+    /// The keys that only some checks use, each with the place it was written.
+    fn specific(&self) -> [(&'static str, Option<usize>); 5] {
+        [
+            ("port", self.port.as_ref().map(|at| at.offset)),
+            ("method", self.method.as_ref().map(|at| at.offset)),
+            ("path", self.path.as_ref().map(|at| at.offset)),
+            ("host", self.host.as_ref().map(|at| at.offset)),
+            ("expect", self.expect.as_ref().map(|at| at.offset)),
+        ]
+    }
+
+    fn timing(&self) -> [(&'static str, Option<usize>); 4] {
+        [
+            ("interval", self.interval.as_ref().map(|at| at.offset)),
+            ("timeout", self.timeout.as_ref().map(|at| at.offset)),
+            ("rise", self.rise.as_ref().map(|at| at.offset)),
+            ("fall", self.fall.as_ref().map(|at| at.offset)),
+        ]
+    }
+}
+
+fn kind(entry: &Entry<'_, '_>) -> Result<At<Kind>, Error> {
+    let text = entry.text("http")?;
+    if let Some((_, kind)) = Kind::WORDS.iter().find(|(word, _)| *word == text) {
+        return Ok(entry.at(*kind));
+    }
+    if ["https", "udp", "dns", "grpc", "exec"].contains(&text) {
+        return Err(entry.not_yet(format!("type {}", quote(text)), "use none, tcp or http"));
+    }
+    Err(entry.bad(text, "is unknown; use none, tcp or http"))
+}
+
+fn method(text: &str) -> Result<(), String> {
+    if !text.is_empty() && text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_uppercase()) {
+        return Ok(());
+    }
+    Err("is not an HTTP method; write it like \"GET\" or \"HEAD\"".to_owned())
+}
+
+fn path(text: &str) -> Result<(), String> {
+    if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Ok(());
+    }
+    Err("is not a path; begin with \"/\" and write spaces and what is not ASCII as %XX".to_owned())
+}
+
+fn host(text: &str) -> Result<(), String> {
+    if !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() && byte != b'/')
+    {
+        return Ok(());
+    }
+    Err("is not a host; write it like \"www.example.com\"".to_owned())
+}
+
+fn expect(section: &Section<'_>, entry: &Entry<'_, '_>) -> Result<At<Vec<(u16, u16)>>, Error> {
+    let (low, high) = STATUS;
+    let mut ranges = Vec::new();
+    for at in entry.words("200-299", u32::from(low), u32::from(high))? {
+        for part in at.value.split(',') {
+            let range = value::range(part.trim(), low, high).map_err(|message| {
+                section.error(
+                    at.offset,
+                    format!("expect {} {message}", quote(part.trim())),
+                )
+            })?;
+            ranges.push(range);
+        }
+    }
+    if ranges.is_empty() {
+        return Err(entry.error("expect is empty; write it like \"200-299\""));
+    }
+    Ok(entry.at(ranges))
+}
+
+/// The check of one service: what it says itself, over what `[defaults.health]` says.
+fn health(
+    section: &Section<'_>,
+    protocol: Protocol,
+    own: &HealthOptions,
+    defaults: &HealthOptions,
+) -> Result<Health, Error> {
+    let written = pick(&own.kind, &defaults.kind);
+    let kind = written.map_or(Kind::None, |at| at.value);
+    let error = |offset, message: String| section.error(offset, format!("health: {message}"));
+
+    let unused = match (written, kind) {
+        // Nothing says what to ask, so a key that says how must be a mistake.
+        (None, _) => own
+            .specific()
+            .into_iter()
+            .chain(own.timing())
+            .find(|(_, at)| at.is_some()),
+        // "none" may be there for the time being, with the rest left for later.
+        (_, Kind::None | Kind::Http) => None,
+        (_, Kind::Tcp) => own
+            .specific()
+            .into_iter()
+            .skip(1)
+            .find(|(_, at)| at.is_some()),
+    };
+    if let Some((key, Some(offset))) = unused {
+        let message = match written {
+            None => format!("{key} without a type has no effect; add type = \"tcp\" or \"http\""),
+            Some(_) => format!("{key} is not for a {} check; remove it", kind.name()),
+        };
+        return Err(error(offset, message));
+    }
+
+    let port = pick(&own.port, &defaults.port).map(|at| at.value);
+    if kind != Kind::None && protocol == Protocol::Udp && port.is_none() {
+        let offset = own.kind.as_ref().map_or(section.offset, |at| at.offset);
+        let message = format!(
+            "a {} check of a udp service needs a TCP port to ask at; add port, or write type = \"none\"",
+            kind.name()
+        );
+        return Err(error(offset, message));
+    }
+
+    let interval = pick(&own.interval, &defaults.interval);
+    let timeout = pick(&own.timeout, &defaults.timeout);
+    let place = timeout.or(interval).map_or(section.offset, |at| at.offset);
+    let interval = interval.map_or(INTERVAL, |at| at.value);
+    let timeout = timeout.map_or_else(|| TIMEOUT.min(interval), |at| at.value);
+    if interval < timeout {
+        let message = format!(
+            "timeout {} is longer than interval {}; choose an interval of at least {}",
+            Human(timeout),
+            Human(interval),
+            Human(timeout)
+        );
+        return Err(error(place, message));
+    }
+    let text = |own, default, fallback: &str| {
+        pick(own, default).map_or_else(|| fallback.to_owned(), |at: &At<String>| at.value.clone())
+    };
+    let check = match kind {
+        Kind::None => Check::None,
+        Kind::Tcp => Check::Tcp { port },
+        Kind::Http => Check::Http {
+            port,
+            method: text(&own.method, &defaults.method, "GET"),
+            path: text(&own.path, &defaults.path, "/"),
+            host: pick(&own.host, &defaults.host).map(|at| at.value.clone()),
+            expect: pick(&own.expect, &defaults.expect)
+                .map_or_else(|| vec![EXPECT], |at| at.value.clone()),
+        },
+    };
+    Ok(Health {
+        check,
+        interval,
+        timeout,
+        rise: pick(&own.rise, &defaults.rise).map_or(RISE, |at| at.value),
+        fall: pick(&own.fall, &defaults.fall).map_or(FALL, |at| at.value),
+    })
+}

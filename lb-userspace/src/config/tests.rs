@@ -1,0 +1,650 @@
+use super::*;
+use lb_common::service::{forward, on_backend_down, on_no_backend, scheduler};
+use proptest::prelude::*;
+
+const MINIMAL: &str = include_str!("../../../examples/minimal.toml");
+const FULL: &str = include_str!("../../../examples/full.toml");
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(text, Path::new("lb.toml")).map_err(|error| error.to_string())
+}
+
+/// A service in front of which `head` may add other sections; `service` starts in line 6.
+fn with_service(service: &str) -> String {
+    format!(
+        "[daemon]\ninterfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\nlisten = \"198.51.100.10:80\"\n{service}"
+    )
+}
+
+/// The error of a service whose further lines, from line 6 on, are `service`.
+fn service_error(service: &str) -> String {
+    parse(&with_service(service)).expect_err(service)
+}
+
+#[test]
+fn the_minimal_example_has_the_documented_defaults() {
+    let backend = |address: &str| Backend {
+        name: address.to_owned(),
+        address: address.parse().unwrap(),
+        weight: 1,
+    };
+    let expected = Config {
+        daemon: Daemon {
+            interfaces: vec!["eth0".to_owned()],
+            mode: AttachMode::Auto,
+            pin_path: "/sys/fs/bpf/sluice".into(),
+            socket: "/run/sluice/control.sock".into(),
+            http: None,
+            answer_arp: true,
+            nat_ports: None,
+        },
+        limits: Limits {
+            flows: 1_048_576,
+            services: 4096,
+            backends: 16384,
+            slots: 4_194_304,
+        },
+        services: vec![Service {
+            name: "web".to_owned(),
+            listen: "198.51.100.10:80".parse().unwrap(),
+            protocol: Protocol::Tcp,
+            forward: forward::NAT,
+            scheduler: scheduler::MAGLEV,
+            on_no_backend: on_no_backend::RESET,
+            on_backend_down: on_backend_down::KEEP,
+            idle_timeout: Duration::from_secs(900),
+            connect_timeout: None,
+            health: Health {
+                check: Check::None,
+                interval: Duration::from_secs(1),
+                timeout: Duration::from_millis(500),
+                rise: 2,
+                fall: 3,
+            },
+            backends: vec![backend("10.0.0.11:3001"), backend("10.0.0.12:3002")],
+        }],
+    };
+    assert_eq!(parse(MINIMAL), Ok(expected));
+}
+
+#[test]
+fn the_full_example_says_what_it_says() {
+    let config = parse(FULL).unwrap();
+    assert_eq!(config.daemon.interfaces, ["eth0", "eth1"]);
+    assert_eq!(config.daemon.http, Some("127.0.0.1:9099".parse().unwrap()));
+    assert_eq!(config.daemon.nat_ports, Some((1024, 32767)));
+    let [web, web6, dns] = &config.services[..] else {
+        panic!("three services");
+    };
+    assert_eq!(web.scheduler, scheduler::ROUND_ROBIN);
+    assert_eq!(web.on_backend_down, on_backend_down::RESET);
+    assert_eq!(web.connect_timeout, Some(Duration::from_secs(3)));
+    assert_eq!(
+        web.health,
+        Health {
+            check: Check::Http {
+                port: Some(8080),
+                method: "GET".to_owned(),
+                path: "/health".to_owned(),
+                host: Some("www.example.com".to_owned()),
+                expect: vec![(200, 299), (301, 301)],
+            },
+            interval: Duration::from_secs(2),
+            timeout: Duration::from_millis(500),
+            rise: 2,
+            fall: 3,
+        }
+    );
+    assert_eq!(web.backends[0].name, "app1");
+    assert_eq!((web.backends[0].weight, web.backends[1].weight), (6, 4));
+    assert_eq!(web6.listener(), "[2001:db8::1]:443/tcp");
+    assert_eq!(web6.connect_timeout, Some(Duration::from_secs(1)));
+    assert_eq!(web6.backends[1].name, "[2001:db8:1::12]:443");
+    assert_eq!(dns.connect_timeout, None);
+    assert_eq!(dns.idle_timeout, Duration::from_secs(10));
+    assert_eq!(dns.backends[0].address.to_string(), "10.0.0.53:53");
+}
+
+#[test]
+fn equal_files_make_equal_configurations() {
+    assert_eq!(parse(FULL), parse(FULL));
+    let other = FULL.replace("weight = 6", "weight = 5");
+    assert_ne!(parse(FULL), parse(&other));
+}
+
+#[test]
+fn every_later_feature_is_refused_by_name() {
+    for (key, complaint) in [
+        (
+            "affinity = \"10m\"",
+            "affinity is not supported yet; remove it",
+        ),
+        (
+            "slow_start = \"30s\"",
+            "slow_start is not supported yet; remove it",
+        ),
+        (
+            "drain_timeout = \"5m\"",
+            "drain_timeout is not supported yet; remove it",
+        ),
+        (
+            "max_new_per_source = \"200/s\"",
+            "max_new_per_source is not supported yet; remove it",
+        ),
+        (
+            "allow = [\"10.0.0.0/8\"]",
+            "allow is not supported yet; remove it",
+        ),
+        (
+            "allow = [\"::/0\"]",
+            "allow is not supported yet; remove it",
+        ),
+        (
+            "deny = [\"10.0.0.0/8\"]",
+            "deny is not supported yet; remove it",
+        ),
+        (
+            "forward = \"dsr\"",
+            "forward \"dsr\" is not supported yet; use nat",
+        ),
+        (
+            "scheduler = \"random\"",
+            "scheduler \"random\" is not supported yet; use maglev or round-robin or source-hash",
+        ),
+        (
+            "on_backend_down = \"reschedule\"",
+            "on_backend_down \"reschedule\" is not supported yet; use keep or reset",
+        ),
+        (
+            "health = { type = \"https\" }",
+            "health: type \"https\" is not supported yet; use none, tcp or http",
+        ),
+        (
+            "backend = [{ address = \"10.0.0.1\", backup = true }]",
+            "backend 10.0.0.1:80: backup is not supported yet; remove it",
+        ),
+        (
+            "backend = [{ address = \"10.0.0.1\", max_connections = 5 }]",
+            "backend 10.0.0.1:80: max_connections is not supported yet; remove it",
+        ),
+    ] {
+        let expected = format!("lb.toml:6: service \"web\": {complaint}");
+        assert_eq!(service_error(key), expected);
+    }
+    let listen = |text: &str| parse(&MINIMAL.replace("198.51.100.10:80", text)).unwrap_err();
+    assert_eq!(
+        listen("198.51.100.10:8000-8100"),
+        "lb.toml:7: service \"web\": listen with a range of ports is not supported yet; write one port"
+    );
+    assert_eq!(
+        listen("198.51.100.10:*"),
+        "lb.toml:7: service \"web\": listen on every port is not supported yet; write one port"
+    );
+}
+
+#[test]
+fn values_that_change_nothing_are_accepted() {
+    let plain = parse(&with_service("backend = [{ address = \"10.0.0.1\" }]")).unwrap();
+    let neutral = with_service(
+        "affinity = \"0s\"\nslow_start = \"0s\"\nallow = [\"0.0.0.0/0\", \"::/0\"]\ndeny = []\n\
+         forward = \"nat\"\non_backend_down = \"keep\"\nhealth = { type = \"none\" }\n\
+         backend = [{ address = \"10.0.0.1\", weight = 1, backup = false, max_connections = 0 }]",
+    );
+    assert_eq!(parse(&neutral), Ok(plain));
+}
+
+#[test]
+fn mistakes_in_a_service_name_line_object_and_remedy() {
+    for (lines, complaint) in [
+        (
+            "wieght = 1",
+            "6: service \"web\": unknown key \"wieght\"; known here:",
+        ),
+        (
+            "schedular = 1",
+            "6: service \"web\": unknown key \"schedular\"; did you mean \"scheduler\"?",
+        ),
+        (
+            "scheduler = \"roundrobin\"",
+            "6: service \"web\": scheduler \"roundrobin\" is unknown; did you mean \"round-robin\"?",
+        ),
+        (
+            "scheduler = 5",
+            "6: service \"web\": scheduler is an integer, but must be a string such as \"maglev\"",
+        ),
+        (
+            "protocol = \"sctp\"",
+            "6: service \"web\": protocol \"sctp\" is unknown; use tcp or udp",
+        ),
+        (
+            "idle_timeout = \"15\"",
+            "6: service \"web\": idle_timeout \"15\" has no unit; write \"15s\"",
+        ),
+        (
+            "idle_timeout = \"0s\"",
+            "6: service \"web\": idle_timeout \"0s\" is no time at all; choose more",
+        ),
+        (
+            "idle_timeout = \"90d\"",
+            "6: service \"web\": idle_timeout \"90d\" is too long; choose at most \"14d\"",
+        ),
+        (
+            "protocol = \"udp\"\nconnect_timeout = \"1s\"",
+            "7: service \"web\": connect_timeout is for tcp",
+        ),
+        (
+            "backend = 5",
+            "6: service \"web\": backend is an integer, but must be an array of tables; write each as [[service.backend]]",
+        ),
+        (
+            "[[service.backend]]",
+            "6: service \"web\": backend 1: address is missing; write address = \"10.0.0.11:3001\"",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.256:80\"",
+            "7: service \"web\": backend 1: address \"10.0.0.256:80\" is not an address; write it like",
+        ),
+        (
+            "[[service.backend]]\nname = \"a\"\naddress = \"127.0.0.1\"",
+            "8: service \"web\": backend \"a\": address \"127.0.0.1\" is a loopback address, which is not supported yet",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.1\"\nweight = 65536",
+            "8: service \"web\": backend 10.0.0.1:80: weight 65536 is out of range; choose 0 to 65535",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.1\"\nweight = -1",
+            "8: service \"web\": backend 10.0.0.1:80: weight -1 is out of range; choose 0 to 65535",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.1\"\nwieght = 1",
+            "8: service \"web\": backend 10.0.0.1:80: unknown key \"wieght\"; did you mean \"weight\"?",
+        ),
+        (
+            "[[service.backend]]\naddress = \"2001:db8::1\"",
+            "7: service \"web\": backend \"[2001:db8::1]:80\": its address 2001:db8::1 is IPv6 but the VIP is IPv4",
+        ),
+        (
+            "[[service.backend]]\naddress = \"198.51.100.10\"",
+            "7: service \"web\": backend \"198.51.100.10:80\": its address 198.51.100.10 is the VIP of service \"web\"",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.1\"\n[[service.backend]]\naddress = \"10.0.0.1:80\"",
+            "9: service \"web\": backend \"10.0.0.1:80\": address 10.0.0.1:80 is already a backend in line 7; remove one",
+        ),
+        (
+            "[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1\"\n[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.2\"",
+            "11: service \"web\": backend \"a\": the name is already taken by the backend in line 8",
+        ),
+        (
+            "[[service]]\nname = \"web\"\nlisten = \"198.51.100.11:80\"",
+            "7: service \"web\": the name is already taken in line 4; choose another",
+        ),
+        (
+            "[[service]]\nname = \"b\"\nlisten = \"198.51.100.10:80\"",
+            "8: service \"b\": 198.51.100.10:80/tcp is already taken in line 5; choose another",
+        ),
+        (
+            "[[service]]\nlisten = \"198.51.100.11:80\"",
+            "6: service 2: name is missing; give it one",
+        ),
+        (
+            "[[service]]\nname = \"b c\"",
+            "7: service 2: name \"b c\" is not a name; begin with",
+        ),
+        (
+            "[[service]]\nname = \"b\"",
+            "6: service \"b\": listen is missing; write listen =",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\npath = \"health\"",
+            "8: service \"web\": health: path \"health\" is not a path; begin with \"/\"",
+        ),
+        (
+            "[service.health]\npath = \"/\"",
+            "7: service \"web\": health: path without a type has no effect; add type",
+        ),
+        (
+            "[service.health]\ntype = \"tcp\"\npath = \"/\"",
+            "8: service \"web\": health: path is not for a tcp check; remove it",
+        ),
+        (
+            "[service.health]\ntype = \"tcp\"\ntimeout = \"2s\"",
+            "8: service \"web\": health: timeout 2s is longer than interval 1s; choose an interval of at least 2s",
+        ),
+        (
+            "[service.health]\ntype = \"tcp\"\nrise = 0",
+            "8: service \"web\": health: rise 0 is out of range; choose 1 to 65535",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\nexpect = \"2xx\"",
+            "8: service \"web\": health: expect \"2xx\" is not a range of numbers from 100 to 599",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\nexpect = [200, 1.5]",
+            "8: service \"web\": health: expect is a number with a fraction, but must be",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\nport = 0",
+            "8: service \"web\": health: port 0 is out of range; choose 1 to 65535",
+        ),
+        (
+            "protocol = \"udp\"\n[service.health]\ntype = \"tcp\"",
+            "8: service \"web\": health: a tcp check of a udp service needs a TCP port to ask at; add port",
+        ),
+    ] {
+        let error = service_error(lines);
+        let expected = format!("lb.toml:{complaint}");
+        assert!(error.starts_with(&expected), "{error}\nis not\n{expected}");
+    }
+}
+
+#[test]
+fn mistakes_outside_services_name_line_object_and_remedy() {
+    let daemon = |lines: &str| format!("[daemon]\ninterfaces = [\"eth0\"]\n{lines}");
+    for (text, complaint) in [
+        (
+            String::new(),
+            "1: section [daemon] is missing; write [daemon] and interfaces",
+        ),
+        (
+            "[daemon]\n".into(),
+            "1: daemon: interfaces is missing; write interfaces = [\"eth0\"]",
+        ),
+        (
+            "[daemon]\ninterfaces = []".into(),
+            "2: daemon: interfaces is empty; name at least one",
+        ),
+        (
+            "[daemon]\ninterfaces = \"eth0\"".into(),
+            "2: daemon: interfaces is a string, but must be a list of strings",
+        ),
+        (
+            "[daemon]\ninterfaces = [\n\"eth0\",\n\"eth0\"]".into(),
+            "4: daemon: interface \"eth0\" is named twice",
+        ),
+        (
+            "[daemon]\ninterfaces = [\"a-name-of-16-byte\"]".into(),
+            "2: daemon: interface \"a-name-of-16-byte\" is longer than 15 bytes",
+        ),
+        (
+            "[daemon]\ninterfaces = [\"a/b\"]".into(),
+            "2: daemon: interface \"a/b\" is not a name",
+        ),
+        (
+            daemon("mode = \"native\""),
+            "3: daemon: mode \"native\" is unknown; use auto, driver or generic",
+        ),
+        (
+            daemon("pin_path = \"sluice\""),
+            "3: daemon: pin_path \"sluice\" is not an absolute path",
+        ),
+        (
+            daemon("pin_path = \"/sys/fs/bpf/a.b\""),
+            "3: daemon: pin_path \"/sys/fs/bpf/a.b\" cannot be made on a BPF file system",
+        ),
+        (
+            daemon("socket = \"/run/\""),
+            "3: daemon: socket \"/run/\" is a directory; name a file in it",
+        ),
+        (
+            daemon("http = \"localhost:1\""),
+            "3: daemon: http \"localhost:1\" is not an address and port",
+        ),
+        (
+            daemon("http = \"127.0.0.1:0\""),
+            "3: daemon: http \"127.0.0.1:0\" has port 0",
+        ),
+        (
+            daemon("answer_arp = \"yes\""),
+            "3: daemon: answer_arp is a string, but must be true or false",
+        ),
+        (
+            daemon("nat_ports = \"9-1\""),
+            "3: daemon: nat_ports \"9-1\" begins above its end; write \"1-9\"",
+        ),
+        (
+            daemon("nat_ports = \"0-70000\""),
+            "3: daemon: nat_ports \"0-70000\" is not a range of numbers from 1 to 65535",
+        ),
+        (
+            daemon("[limits]\nflows = 0"),
+            "4: limits: flows 0 is out of range; choose 1 to",
+        ),
+        (
+            daemon("[limits]\nflow = 1"),
+            "4: limits: unknown key \"flow\"; did you mean \"flows\"?",
+        ),
+        (
+            daemon("[[services]]"),
+            "3: unknown key \"services\"; did you mean \"service\"?",
+        ),
+        (
+            daemon("[service]"),
+            "3: service is a table, but must be an array of tables; write each as [[service]]",
+        ),
+        (
+            daemon("[defaults]\nname = \"x\""),
+            "4: defaults: unknown key \"name\"",
+        ),
+        (
+            daemon("[defaults]\nidle_timeout = \"1\""),
+            "4: defaults: idle_timeout \"1\" has no unit",
+        ),
+        (
+            daemon("[defaults]\naffinity = \"1s\""),
+            "4: defaults: affinity is not supported yet; remove it",
+        ),
+        (
+            daemon("[defaults.health]\ntype = \"grpc\""),
+            "4: defaults: health: type \"grpc\" is not supported yet",
+        ),
+        (daemon("x = 10.0.0.1"), "3: not valid TOML: "),
+        (daemon("x = ["), "3: not valid TOML: "),
+        (
+            daemon("mode = \"auto\"\nmode = \"auto\""),
+            "4: not valid TOML: duplicate key",
+        ),
+    ] {
+        let error = parse(&text).expect_err(&text);
+        let expected = format!("lb.toml:{complaint}");
+        assert!(error.starts_with(&expected), "{error}\nis not\n{expected}");
+    }
+}
+
+#[test]
+fn limits_must_have_room_for_what_is_configured() {
+    let small = |line: &str| parse(&format!("{MINIMAL}\n[limits]\n{line}"));
+    assert_eq!(
+        small("backends = 1").unwrap_err(),
+        "lb.toml:13: limits: backends = 1 is too small for 2 backends; write backends = 2 or more"
+    );
+    assert!(small("backends = 2\nservices = 1").is_ok());
+}
+
+#[test]
+fn defaults_cascade_key_by_key() {
+    let text = |service: &str| {
+        format!(
+            "[daemon]\ninterfaces = [\"eth0\"]\n[defaults]\nscheduler = \"source-hash\"\n\
+             connect_timeout = \"2s\"\n[defaults.health]\ntype = \"http\"\npath = \"/up\"\n\
+             interval = \"5s\"\n[[service]]\nname = \"web\"\nlisten = \"198.51.100.10:80\"\n{service}"
+        )
+    };
+    let service = |lines: &str| parse(&text(lines)).map(|mut config| config.services.remove(0));
+
+    let inherited = service("").unwrap();
+    assert_eq!(inherited.scheduler, scheduler::SOURCE_HASH);
+    assert_eq!(inherited.connect_timeout, Some(Duration::from_secs(2)));
+    assert_eq!(inherited.health.interval, Duration::from_secs(5));
+    assert!(matches!(&inherited.health.check, Check::Http { path, .. } if path == "/up"));
+
+    let own = service("scheduler = \"maglev\"\n[service.health]\npath = \"/own\"").unwrap();
+    assert_eq!(own.scheduler, scheduler::MAGLEV);
+    assert_eq!(own.health.interval, Duration::from_secs(5));
+    assert!(matches!(&own.health.check, Check::Http { path, .. } if path == "/own"));
+
+    let tcp = service("[service.health]\ntype = \"tcp\"\nport = 9").unwrap();
+    assert_eq!(tcp.health.check, Check::Tcp { port: Some(9) });
+    assert_eq!(tcp.health.interval, Duration::from_secs(5));
+
+    let udp = service("protocol = \"udp\"\n[service.health]\ntype = \"none\"").unwrap();
+    assert_eq!(udp.connect_timeout, None);
+    assert_eq!(udp.idle_timeout, Duration::from_secs(60));
+}
+
+#[test]
+fn a_short_interval_shortens_the_default_timeout() {
+    let config = parse(&with_service(
+        "[service.health]\ntype = \"tcp\"\ninterval = \"200ms\"",
+    ));
+    let health = &config.unwrap().services[0].health;
+    assert_eq!(health.timeout, Duration::from_millis(200));
+}
+
+#[test]
+fn a_service_may_have_no_backend() {
+    assert_eq!(parse(&with_service("")).unwrap().services[0].backends, []);
+}
+
+#[test]
+fn services_and_backends_are_found_as_operators_address_them() {
+    let config = parse(FULL).unwrap();
+    let name = |text: &str| {
+        config
+            .find_service(text)
+            .map(|service| service.name.clone())
+    };
+    assert_eq!(name("web").as_deref(), Ok("web"));
+    assert_eq!(name("198.51.100.10:80/tcp").as_deref(), Ok("web"));
+    assert_eq!(name("[2001:db8:0::1]:443/tcp").as_deref(), Ok("web6"));
+    assert_eq!(name("198.51.100.10:53/udp").as_deref(), Ok("dns"));
+    let error = |text: &str| name(text).unwrap_err().to_string();
+    assert_eq!(
+        error("wbe"),
+        "service \"wbe\": there is none; did you mean \"web\"?"
+    );
+    assert!(error("198.51.100.10:80").contains("write 198.51.100.10:80/tcp or"));
+    assert!(error("198.51.100.10:80/sctp").contains("/tcp or /udp"));
+    assert!(error("198.51.100.10:80/udp").contains("there is none"));
+
+    let web = config.find_service("web").unwrap();
+    assert_eq!(web.find_backend("app2").unwrap().weight, 4);
+    assert_eq!(web.find_backend("10.0.0.12:3002").unwrap().name, "app2");
+    assert_eq!(
+        web.find_backend("zzz").unwrap_err().to_string(),
+        "service \"web\": backend \"zzz\": there is none; see \"sluice backend list web\""
+    );
+}
+
+#[test]
+fn files_that_cannot_be_used_get_one_line() {
+    let directory = std::env::temp_dir().join(format!("sluice-config-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let load = |path: &Path| Config::load(path).map_err(|error| error.to_string());
+    let missing = directory.join("missing.toml");
+    let latin1 = directory.join("latin1.toml");
+    std::fs::write(&latin1, b"[daemon]\n# caf\xe9\n").unwrap();
+    let good = directory.join("good.toml");
+    std::fs::write(&good, MINIMAL).unwrap();
+    let results = [load(&missing), load(&directory), load(&latin1), load(&good)];
+    std::fs::remove_dir_all(&directory).unwrap();
+
+    let [missing, folder, latin1, good] = results;
+    let missing = missing.unwrap_err();
+    assert!(
+        missing.contains("missing.toml: cannot be read: No such file"),
+        "{missing}"
+    );
+    assert!(
+        folder
+            .unwrap_err()
+            .contains("cannot be read: Is a directory")
+    );
+    let latin1 = latin1.unwrap_err();
+    assert!(latin1.ends_with("latin1.toml:2: this line is not UTF-8 text; save the file as UTF-8"));
+    assert_eq!(good, parse(MINIMAL));
+}
+
+#[test]
+fn ten_thousand_backends_are_read_at_once() {
+    let mut text = with_service("");
+    for number in 0..10_000 {
+        text += &format!(
+            "[[service.backend]]\naddress = \"10.1.{}.{}\"\n",
+            number / 256,
+            number % 256
+        );
+    }
+    assert_eq!(parse(&text).unwrap().services[0].backends.len(), 10_000);
+}
+
+fn assert_one_line(text: &str) -> Result<(), TestCaseError> {
+    if let Err(error) = Config::parse(text, Path::new("lb.toml")) {
+        let shown = error.to_string();
+        prop_assert!(!shown.contains(['\n', '\r']), "{shown:?}");
+        let line = error.line().expect("an error in a text has a line");
+        let lines = text.lines().count().max(1);
+        prop_assert!(
+            (1..=lines).contains(&line),
+            "line {line} of {lines}: {shown}"
+        );
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_text_panics(text in "(?s).{0,200}") {
+        assert_one_line(&text)?;
+    }
+
+    #[test]
+    fn no_mutation_of_a_good_file_panics(
+        edits in prop::collection::vec(
+            (any::<prop::sample::Index>(), 0_usize..6, "[\\[\\]=\".,0-9a-z\\-\n\\\\é\u{1}\u{2028} ]{0,6}"),
+            1..4,
+        ),
+    ) {
+        let mut text: Vec<char> = FULL.chars().collect();
+        for (place, deleted, inserted) in edits {
+            let start = place.index(text.len() + 1);
+            let end = (start + deleted).min(text.len());
+            text.splice(start..end, inserted.chars());
+        }
+        assert_one_line(&text.into_iter().collect::<String>())?;
+    }
+
+    #[test]
+    fn no_exchanged_value_panics(
+        place in any::<prop::sample::Index>(),
+        value in prop_oneof![
+            Just("5".to_owned()),
+            Just("-1".to_owned()),
+            Just("99999999999999999999".to_owned()),
+            Just("1.5".to_owned()),
+            Just("true".to_owned()),
+            Just("[]".to_owned()),
+            Just("[1, \"a\", {}]".to_owned()),
+            Just("{ a = 1 }".to_owned()),
+            Just("1979-05-27".to_owned()),
+            "[^\"\\\\\n\r]{0,30}".prop_map(|text| format!("{text:?}")),
+        ],
+    ) {
+        let keys: Vec<usize> = (0..FULL.lines().count())
+            .filter(|&line| FULL.lines().nth(line).is_some_and(|line| line.contains(" = ") && !line.starts_with('#')))
+            .collect();
+        let chosen = keys[place.index(keys.len())];
+        let text: Vec<String> = FULL
+            .lines()
+            .enumerate()
+            .map(|(number, line)| match line.split_once(" = ") {
+                Some((key, _)) if number == chosen => format!("{key} = {value}"),
+                _ => line.to_owned(),
+            })
+            .collect();
+        assert_one_line(&text.join("\n"))?;
+    }
+}

@@ -1,0 +1,134 @@
+//! What only the whole file tells: duplicates, and whether everything has room.
+
+use super::{Error, Limits, Service, read::Section, service::Placed};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    hash::Hash,
+};
+
+/// Checks services against each other and against the limits.
+pub(super) fn check(
+    root: &Section<'_>,
+    limits: &Limits,
+    limits_offset: usize,
+    services: &[Placed],
+) -> Result<(), Error> {
+    let mut names = HashMap::new();
+    let mut listeners = HashMap::new();
+    let mut vips = HashMap::new();
+    for placed in services {
+        let service = &placed.service;
+        if let Some(other) = taken(&mut names, &service.name, placed.name) {
+            let message = format!(
+                "the name is already taken in line {}; choose another",
+                root.source.line(other)
+            );
+            return Err(refuse(root, service, placed.name, &message));
+        }
+        let listener = (service.listen, service.protocol);
+        if let Some(other) = taken(&mut listeners, listener, placed.listen) {
+            let message = format!(
+                "{} is already taken in line {}; choose another address, port or protocol",
+                service.listener(),
+                root.source.line(other)
+            );
+            return Err(refuse(root, service, placed.listen, &message));
+        }
+        vips.entry(service.vip()).or_insert(placed);
+    }
+    for placed in services {
+        backends(root, placed, &vips)?;
+    }
+    room(root, limits, limits_offset, services)
+}
+
+/// Notes `key` at `offset`; the place that has it already, if any.
+fn taken<K: Eq + Hash>(seen: &mut HashMap<K, usize>, key: K, offset: usize) -> Option<usize> {
+    match seen.entry(key) {
+        Entry::Occupied(other) => Some(*other.get()),
+        Entry::Vacant(place) => {
+            place.insert(offset);
+            None
+        }
+    }
+}
+
+fn refuse(root: &Section<'_>, service: &Service, offset: usize, message: &str) -> Error {
+    root.error(offset, format!("service \"{}\": {message}", service.name))
+}
+
+fn backends(
+    root: &Section<'_>,
+    placed: &Placed,
+    vips: &HashMap<std::net::IpAddr, &Placed>,
+) -> Result<(), Error> {
+    let service = &placed.service;
+    let mut names = HashMap::new();
+    let mut addresses = HashMap::new();
+    for (backend, &offset) in service.backends.iter().zip(&placed.backends) {
+        let refuse = |message: &str| {
+            let message = format!("backend \"{}\": {message}", backend.name);
+            refuse(root, service, offset, &message)
+        };
+        let ip = backend.address.ip();
+        if ip.is_ipv4() != service.vip().is_ipv4() {
+            let (family, other) = if ip.is_ipv4() {
+                ("IPv4", "IPv6")
+            } else {
+                ("IPv6", "IPv4")
+            };
+            return Err(refuse(&format!(
+                "its address {ip} is {family} but the VIP is {other}; forward \"nat\" needs the same family, use an {other} address"
+            )));
+        }
+        if let Some(other) = vips.get(&ip) {
+            return Err(refuse(&format!(
+                "its address {ip} is the VIP of service \"{}\"; use the backend's own address",
+                other.service.name
+            )));
+        }
+        if let Some(other) = taken(&mut addresses, backend.address, offset) {
+            return Err(refuse(&format!(
+                "address {} is already a backend in line {}; remove one",
+                backend.address,
+                root.source.line(other)
+            )));
+        }
+        if let Some(other) = taken(&mut names, &backend.name, offset) {
+            return Err(refuse(&format!(
+                "the name is already taken by the backend in line {}; choose another",
+                root.source.line(other)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the maps that are made by the limits hold what is configured.
+fn room(
+    root: &Section<'_>,
+    limits: &Limits,
+    offset: usize,
+    services: &[Placed],
+) -> Result<(), Error> {
+    let too_small = |key: &str, limit: u32, needed: u64, what: &str| {
+        let message = format!(
+            "limits: {key} = {limit} is too small for {what}; write {key} = {needed} or more"
+        );
+        root.error(offset, message)
+    };
+    let count = services.len() as u64;
+    if count > u64::from(limits.services) {
+        let what = format!("{count} services");
+        return Err(too_small("services", limits.services, count, &what));
+    }
+    let count: u64 = services
+        .iter()
+        .map(|placed| placed.service.backends.len() as u64)
+        .sum();
+    if count > u64::from(limits.backends) {
+        let what = format!("{count} backends");
+        return Err(too_small("backends", limits.backends, count, &what));
+    }
+    Ok(())
+}
