@@ -1,6 +1,7 @@
 //! The library behind the `sluice` binary.
 
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod metrics;

@@ -1,2 +1,5 @@
 //! The binary `sluice`.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    sluice::cli::main()
+}

@@ -1,0 +1,195 @@
+//! The command line: a file for each noun.
+//!
+//! A command returns the text it prints. Exit status: 0 done, 1 refused or failed (one line on
+//! standard error), 2 wrong usage.
+
+use crate::api::{self, client::Client};
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use std::{
+    ffi::OsStr,
+    fmt::Write as _,
+    future::Future,
+    io::{self, ErrorKind, IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+mod backend;
+mod conn;
+mod demo;
+mod generate;
+mod output;
+mod service;
+mod stats;
+mod status;
+mod stop;
+
+/// Layer-4 load balancer for Linux on XDP: daemon and command line.
+#[derive(Debug, Parser)]
+#[command(name = "sluice", version, arg_required_else_help = true)]
+#[command(after_help = "\
+Examples:
+  sluice backend list web
+  sluice stats --rate
+  sluice conn list --client 192.0.2.0/24 -o json
+
+A service is addressed by its name or by VIP:port/protocol, such as 198.51.100.10:80/tcp.
+Exit status: 0 done, 1 refused or failed, 2 wrong usage.")]
+struct Cli {
+    /// Control socket of the daemon.
+    #[arg(long, global = true, value_name = "PATH", env = "SLUICE_SOCKET")]
+    #[arg(default_value = api::DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Stop(stop::Args),
+    #[command(subcommand)]
+    Service(service::Command),
+    #[command(subcommand)]
+    Backend(backend::Command),
+    #[command(subcommand)]
+    Conn(conn::Command),
+    Stats(stats::Args),
+    Status(status::Args),
+    Demo(demo::Args),
+    #[command(name = crate::demo::SUBCOMMAND, hide = true)]
+    DemoBackend(demo::Backend),
+    Completions(generate::Completions),
+    Man(generate::Man),
+}
+
+/// What the commands that ask the daemon share.
+struct Context {
+    client: Client,
+    /// Whether standard output understands colours.
+    colour: bool,
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = run(cli).and_then(|text| print(&text));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to be done when standard error is closed as well.
+            let _ = writeln!(io::stderr(), "sluice: {}", one_line(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<String> {
+    let context = Context {
+        client: Client::new(cli.socket),
+        colour: wants_colour(
+            io::stdout().is_terminal(),
+            std::env::var_os("NO_COLOR").as_deref(),
+            std::env::var_os("TERM").as_deref(),
+        ),
+    };
+    match cli.command {
+        Command::Stop(args) => wait(args.run(&context)),
+        Command::Service(command) => wait(command.run(&context)),
+        Command::Backend(command) => wait(command.run(&context)),
+        Command::Conn(command) => wait(command.run(&context)),
+        Command::Stats(args) => wait(args.run(&context)),
+        Command::Status(args) => wait(args.run(&context)),
+        Command::Demo(args) => args.run().map(|()| String::new()),
+        Command::DemoBackend(args) => wait(args.run()).map(|()| String::new()),
+        Command::Completions(args) => Ok(args.run()),
+        Command::Man(args) => args.run(),
+    }
+}
+
+/// Runs a command that speaks to the daemon.
+fn wait<T>(command: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")?
+        .block_on(command)
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        // The reader has seen enough: `sluice conn list | head`.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to standard output"),
+    }
+}
+
+/// See <https://no-color.org>: any value but the empty one turns colours off.
+fn wants_colour(terminal: bool, no_color: Option<&OsStr>, term: Option<&OsStr>) -> bool {
+    terminal && no_color.is_none_or(OsStr::is_empty) && term.is_none_or(|term| term != "dumb")
+}
+
+/// Folds line breaks and replaces other control characters, so that an error is one line whatever
+/// it quotes.
+fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for part in text.lines().map(str::trim).filter(|part| !part.is_empty()) {
+        let gap = if line.is_empty() { "" } else { " " };
+        let _ = write!(line, "{gap}{}", output::printable(part));
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        fn visit(command: &clap::Command, path: &str) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.starts_with("Examples:\n  "), "{path}");
+            assert!(
+                help.contains(path),
+                "the examples of {path:?} do not use it"
+            );
+            assert!(command.get_about().is_some(), "{path}: no description");
+            let shown = |sub: &&clap::Command| sub.get_name() != "help" && !sub.is_hide_set();
+            for sub in command.get_subcommands().filter(shown) {
+                visit(sub, &format!("{path} {}", sub.get_name()));
+            }
+        }
+        visit(&Cli::command(), "sluice");
+    }
+
+    #[test]
+    fn colour_is_for_terminals_whose_owner_wants_it() {
+        let text = |s: &'static str| Some(OsStr::new(s));
+        assert!(wants_colour(true, None, text("xterm")));
+        assert!(wants_colour(true, text(""), None));
+        assert!(!wants_colour(false, None, text("xterm")));
+        assert!(!wants_colour(true, text("1"), text("xterm")));
+        assert!(!wants_colour(true, None, text("dumb")));
+    }
+
+    #[test]
+    fn errors_become_one_line() {
+        assert_eq!(one_line("first\n  second\r\n\nthird"), "first second third");
+        assert!(!one_line("a\u{1b}[31mb").contains('\u{1b}'));
+    }
+}
