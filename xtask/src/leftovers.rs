@@ -1,7 +1,7 @@
 //! Finds and removes what test runs left behind that are no more.
 //!
-//! Whatever a test makes outside its own process is called `slc-<pid>…`, by the process that made it. It belongs to a
-//! dead run when that process is gone; what belongs to a live one is never touched.
+//! Whatever a test makes outside its own process is called `slc-<pid>…`, by the process that made it (a demonstration:
+//! `sluice-demo-<pid>…`). It belongs to a dead run when that process is gone; what belongs to a live one is never touched.
 
 use std::{
     fmt, fs,
@@ -10,8 +10,8 @@ use std::{
 
 use crate::run::{as_root, output, run};
 
-/// How the names of all that tests make begin.
-const PREFIX: &str = "slc-";
+/// How the names of all that tests make begin, and of what a demonstration makes.
+const PREFIXES: [&str; 2] = ["slc-", "sluice-demo-"];
 
 /// Something that outlived the run that made it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,7 +116,9 @@ fn is_dead(name: &str) -> bool {
 
 /// The process that a name belongs to. A name without one is nobody's, and left alone.
 fn owner(name: &str) -> Option<u32> {
-    let rest = name.strip_prefix(PREFIX)?;
+    let rest = PREFIXES
+        .iter()
+        .find_map(|prefix| name.strip_prefix(prefix))?;
     let end = rest
         .find(|letter: char| !letter.is_ascii_digit())
         .unwrap_or(rest.len());
@@ -155,6 +157,7 @@ mod tests {
         assert_eq!(owner("slc-123-client"), Some(123));
         assert_eq!(owner("slc-123"), Some(123));
         assert_eq!(owner("slc-123c0"), Some(123));
+        assert_eq!(owner("sluice-demo-123"), Some(123));
         assert_eq!(owner("slc-client"), None);
         assert_eq!(owner("slc-"), None);
         assert_eq!(owner("sluice-123"), None);
