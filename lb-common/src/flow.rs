@@ -8,7 +8,9 @@ use bytemuck::{Pod, Zeroable};
 /// A `nat` connection has two entries, one for each direction a packet may arrive from. Each
 /// holds the tuple its packets are rewritten to, so either key can be had from the other entry
 /// ([`Flow::opposite`]).
-#[repr(C)]
+///
+/// Aligned to 8 bytes, so that it can be copied in double words on the BPF stack.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Zeroable)]
 pub struct FlowKey<A> {
     /// Source address, network order.
@@ -63,7 +65,7 @@ pub mod state {
 }
 
 /// Value of maps `flows4` and `flows6`.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
 pub struct Flow<A> {
     /// Source address the packet leaves with, network order.
@@ -80,10 +82,10 @@ pub struct Flow<A> {
     pub generation: u32,
     /// The service's number in map `services`.
     pub service: u32,
-    /// Backend's entry only: Ethernet destination and source towards the client, as they stand in
-    /// the frame.
+    /// Ethernet destination and source towards the client, as they stand in the frame. Used in the
+    /// backend's entry.
     pub l2: [u32; 3],
-    /// Backend's entry only: the interface the client's packet came from.
+    /// The interface the client's packet came from. Used in the backend's entry.
     pub ifindex: u32,
     /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
     pub last_seen: u32,

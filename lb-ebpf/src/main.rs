@@ -1,9 +1,89 @@
+//! Sluice's kernel side: an XDP program that balances packets at layer 4.
+//!
+//! A packet goes one way through the stages, each a module:
+//!
+//! parse → lookup → flow → select → rewrite → forward
+//!
+//! A stage returns what the next one needs, or ends the packet's way with a
+//! [`verdict::Verdict`] carried by `?`. [`verdict::conclude`] is the only place that counts
+//! drops and speaks XDP codes.
 #![no_std]
 #![no_main]
-//! Sluice's kernel side.
+#![feature(asm_experimental_arch)]
+// The attribute `xdp` makes undocumented functions of documented ones.
+#![allow(missing_docs)]
 
-#[cfg(not(test))]
+mod atomic;
+mod bounds;
+mod checksum;
+mod family;
+mod flow;
+mod forward;
+mod frame;
+mod icmp;
+mod lookup;
+mod maps;
+mod neighbour;
+mod parse;
+mod reset;
+mod rewrite;
+mod select;
+mod stats;
+mod verdict;
+
+use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+use family::{Family, V4, V6};
+use frame::Frame;
+use parse::ethernet;
+use verdict::Verdict;
+
+/// The balancer.
+#[xdp]
+pub fn sluice_xdp(ctx: XdpContext) -> u32 {
+    let frame = Frame::new(ctx.ctx);
+    let verdict = match pipeline(&frame) {
+        Ok(verdict) | Err(verdict) => verdict,
+    };
+    verdict::conclude(&frame, verdict)
+}
+
+/// Passes every packet. A veth transmits what XDP sends back only if its peer runs a program too;
+/// this one is for such peers.
+#[xdp]
+pub fn stub_pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+/// The way of a packet.
+#[inline(always)]
+fn pipeline(frame: &Frame) -> Result<Verdict, Verdict> {
+    let link = parse::ethernet(frame)?;
+    match link.ethertype {
+        ethernet::IPV4 => balance::<V4>(frame, &link),
+        ethernet::IPV6 => balance::<V6>(frame, &link),
+        ethernet::ARP => neighbour::answer_arp(frame, &link),
+        _ => Err(Verdict::PASS),
+    }
+}
+
+/// The way of an IP packet, the same for both families.
+#[inline(always)]
+fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verdict> {
+    let network = parse::network::<F>(frame, link)?;
+    let lane = lookup::lane::<F>(network.dst);
+    if lane == 0 {
+        return F::not_for_us(frame, link, &network);
+    }
+    let packet = parse::transport::<F>(frame, link, network)?;
+    let outgoing = flow::follow(frame, link, &packet, lane)?;
+    rewrite::nat(frame, link, &packet, &outgoing)?;
+    forward::send(frame, &packet, &outgoing)
+}
+
+#[cfg(all(not(test), target_arch = "bpf"))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Unreachable: the verifier refuses a program with an endless loop, so a panic that survives
+    // optimisation is found when the program is loaded.
     loop {}
 }

@@ -1,0 +1,54 @@
+//! Atomic operations, which the target's `core::sync::atomic` does not offer.
+
+use core::arch::asm;
+
+/// Adds `value` (wrapping, so `u64::MAX` takes one away) and returns what was there before.
+///
+/// # Safety
+///
+/// `target` must point into a map value and be aligned to 8 bytes.
+#[inline(always)]
+pub unsafe fn fetch_add(target: *mut u64, value: u64) -> u64 {
+    let before: u64;
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({target} + 0), {value})",
+            target = in(reg) target,
+            value = inout(reg) value => before,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        let _ = (target, value);
+        before = 0;
+    }
+    before
+}
+
+/// Replaces `old` by `new`; tells whether `old` was there.
+///
+/// # Safety
+///
+/// `target` must point into a map value and be aligned to 4 bytes.
+#[inline(always)]
+pub unsafe fn replace(target: *mut u32, old: u32, new: u32) -> bool {
+    let mut found = old;
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "w0 = cmpxchg32_32({target} + 0, w0, {new})",
+            target = in(reg) target,
+            new = in(wreg) new,
+            inout("w0") found,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        let _ = (target, new);
+        found = 0;
+    }
+    found == old
+}

@@ -1,0 +1,315 @@
+//! What differs between IPv4 and IPv6; everything else is written once over [`Family`].
+
+use crate::{
+    flow::{self, Work},
+    frame::{Cursor, Frame},
+    maps, neighbour,
+    parse::{self, Link, Network, protocol},
+    verdict::Verdict,
+};
+use aya_ebpf::btf_maps::{HashMap, LruHashMap};
+use core::mem::offset_of;
+use lb_common::{
+    addr::Address,
+    csum,
+    flow::{Flow, FlowKey},
+    service::{ServiceKey, Vip},
+};
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+
+/// The map of flows of one family.
+pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
+/// The map of services of one family.
+pub type Services<A> = HashMap<ServiceKey<A>, u32, 4096>;
+/// The map of VIPs of one family.
+pub type Vips<A> = HashMap<A, Vip, 4096>;
+
+/// An IP version.
+pub trait Family: Sized {
+    /// Its addresses.
+    type Addr: Address;
+    /// Bytes of a network header without options or extensions.
+    const HEADER_LEN: usize;
+    /// IP protocol number of its ICMP.
+    const ICMP: u8;
+    /// ICMP type of an echo request.
+    const ECHO_REQUEST: u8;
+    /// ICMP type of an echo reply.
+    const ECHO_REPLY: u8;
+
+    /// Its flow table.
+    fn flows() -> &'static Flows<Self::Addr>;
+    /// Its services.
+    fn services() -> &'static Services<Self::Addr>;
+    /// Its VIPs.
+    fn vips() -> &'static Vips<Self::Addr>;
+
+    /// This CPU's desk.
+    fn work() -> Option<&'static mut Work<Self::Addr>>;
+    /// [`crate::flow`]'s subprogram that picks a backend for a new flow and
+    /// prepares its entry.
+    fn choose() -> u64;
+    /// [`crate::flow`]'s subprogram that records the backend's entry of a new flow.
+    fn record_reply() -> u64;
+    /// [`crate::flow`]'s subprogram that records the client's entry of a new flow.
+    fn record_client() -> u64;
+    /// [`crate::flow`]'s subprogram for a client's packet that changes something.
+    fn revise() -> u64;
+    /// [`crate::flow`]'s subprogram for a backend's packet that changes something.
+    fn note_reply() -> u64;
+
+    /// Reads the addresses; nothing is judged yet.
+    fn network(frame: &Frame, link: &Link) -> Option<Network<Self>>;
+    /// Finds the transport header and judges the network header.
+    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault>;
+    /// TTL or hop limit.
+    fn hops(header: Cursor) -> u8;
+    /// Writes addresses and TTL or hop limit; `l3_delta` is what the addresses add to the header's
+    /// sum.
+    fn readdress(header: Cursor, src: Self::Addr, dst: Self::Addr, l3_delta: u16, hops: u8);
+    /// Writes a whole header without options in front of `payload_len` bytes.
+    fn write_header(
+        header: Cursor,
+        src: Self::Addr,
+        dst: Self::Addr,
+        protocol: u8,
+        payload_len: u16,
+    );
+
+    /// A packet whose destination is neither a VIP nor a NAT source.
+    fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict>;
+    /// An ICMP message for a VIP that is not an echo request.
+    fn answer_icmp(frame: &Frame, link: &Link, network: &Network<Self>) -> Verdict;
+}
+
+/// TTL and hop limit of packets the balancer originates.
+pub const HOPS: u8 = 64;
+
+/// IPv4.
+pub struct V4;
+/// IPv6.
+pub struct V6;
+
+impl Family for V4 {
+    type Addr = u32;
+    const HEADER_LEN: usize = Ipv4Hdr::LEN;
+    const ICMP: u8 = protocol::ICMP;
+    const ECHO_REQUEST: u8 = 8;
+    const ECHO_REPLY: u8 = 0;
+
+    #[inline(always)]
+    fn flows() -> &'static Flows<u32> {
+        &maps::FLOWS4
+    }
+
+    #[inline(always)]
+    fn services() -> &'static Services<u32> {
+        &maps::SERVICES4
+    }
+
+    #[inline(always)]
+    fn vips() -> &'static Vips<u32> {
+        &maps::VIPS4
+    }
+
+    #[inline(always)]
+    fn work() -> Option<&'static mut Work<u32>> {
+        let work = maps::WORK4.get_ptr_mut(0)?;
+        // SAFETY: per-CPU memory, and XDP is not re-entered on a CPU.
+        Some(unsafe { &mut *work })
+    }
+
+    #[inline(always)]
+    fn choose() -> u64 {
+        flow::choose4()
+    }
+
+    #[inline(always)]
+    fn record_reply() -> u64 {
+        flow::record_reply4()
+    }
+
+    #[inline(always)]
+    fn record_client() -> u64 {
+        flow::record_client4()
+    }
+
+    #[inline(always)]
+    fn revise() -> u64 {
+        flow::revise4()
+    }
+
+    #[inline(always)]
+    fn note_reply() -> u64 {
+        flow::note_reply4()
+    }
+
+    #[inline(always)]
+    fn network(frame: &Frame, link: &Link) -> Option<Network<Self>> {
+        parse::ipv4::network(frame, link)
+    }
+
+    #[inline(always)]
+    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault> {
+        parse::ipv4::locate(frame, network)
+    }
+
+    #[inline(always)]
+    fn hops(header: Cursor) -> u8 {
+        header.read(offset_of!(Ipv4Hdr, ttl))
+    }
+
+    #[inline(always)]
+    fn readdress(header: Cursor, src: u32, dst: u32, l3_delta: u16, hops: u8) {
+        // TTL shares its 16-bit word with the protocol.
+        let ttl_word: u16 = header.read(offset_of!(Ipv4Hdr, ttl));
+        header.write(offset_of!(Ipv4Hdr, ttl), hops);
+        let new_ttl_word: u16 = header.read(offset_of!(Ipv4Hdr, ttl));
+        let delta =
+            csum::fold(u64::from(l3_delta) + u64::from(!ttl_word) + u64::from(new_ttl_word));
+        let check: u16 = header.read(offset_of!(Ipv4Hdr, check));
+        header.write(offset_of!(Ipv4Hdr, check), csum::update(check, delta));
+        header.write_address(offset_of!(Ipv4Hdr, src_addr), src);
+        header.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
+    }
+
+    #[inline(always)]
+    fn write_header(header: Cursor, src: u32, dst: u32, protocol: u8, payload_len: u16) {
+        // Version 4, five words; no service class.
+        let first = 0x4500_u16.to_be();
+        let len = (payload_len + Ipv4Hdr::LEN as u16).to_be();
+        // Identification 0 with DF set: RFC 6864 section 4.1.
+        let fragment = 0x4000_u16.to_be();
+        let ttl_protocol = u16::from_ne_bytes([HOPS, protocol]);
+        let sum = u64::from(first)
+            + u64::from(len)
+            + u64::from(fragment)
+            + u64::from(ttl_protocol)
+            + csum::word(src)
+            + csum::word(dst);
+        header.write(0, first);
+        header.write(offset_of!(Ipv4Hdr, tot_len), len);
+        header.write(offset_of!(Ipv4Hdr, id), 0_u16);
+        header.write(offset_of!(Ipv4Hdr, frags), fragment);
+        header.write(offset_of!(Ipv4Hdr, ttl), ttl_protocol);
+        header.write(offset_of!(Ipv4Hdr, check), !csum::fold(sum));
+        header.write_address(offset_of!(Ipv4Hdr, src_addr), src);
+        header.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
+    }
+
+    #[inline(always)]
+    fn not_for_us(_: &Frame, _: &Link, _: &Network<Self>) -> Result<Verdict, Verdict> {
+        Ok(Verdict::PASS)
+    }
+
+    #[inline(always)]
+    fn answer_icmp(_: &Frame, _: &Link, _: &Network<Self>) -> Verdict {
+        Verdict::PASS
+    }
+}
+
+impl Family for V6 {
+    type Addr = [u32; 4];
+    const HEADER_LEN: usize = Ipv6Hdr::LEN;
+    const ICMP: u8 = protocol::ICMPV6;
+    const ECHO_REQUEST: u8 = 128;
+    const ECHO_REPLY: u8 = 129;
+
+    #[inline(always)]
+    fn flows() -> &'static Flows<[u32; 4]> {
+        &maps::FLOWS6
+    }
+
+    #[inline(always)]
+    fn services() -> &'static Services<[u32; 4]> {
+        &maps::SERVICES6
+    }
+
+    #[inline(always)]
+    fn vips() -> &'static Vips<[u32; 4]> {
+        &maps::VIPS6
+    }
+
+    #[inline(always)]
+    fn work() -> Option<&'static mut Work<[u32; 4]>> {
+        let work = maps::WORK6.get_ptr_mut(0)?;
+        // SAFETY: per-CPU memory, and XDP is not re-entered on a CPU.
+        Some(unsafe { &mut *work })
+    }
+
+    #[inline(always)]
+    fn choose() -> u64 {
+        flow::choose6()
+    }
+
+    #[inline(always)]
+    fn record_reply() -> u64 {
+        flow::record_reply6()
+    }
+
+    #[inline(always)]
+    fn record_client() -> u64 {
+        flow::record_client6()
+    }
+
+    #[inline(always)]
+    fn revise() -> u64 {
+        flow::revise6()
+    }
+
+    #[inline(always)]
+    fn note_reply() -> u64 {
+        flow::note_reply6()
+    }
+
+    #[inline(always)]
+    fn network(frame: &Frame, link: &Link) -> Option<Network<Self>> {
+        parse::ipv6::network(frame, link)
+    }
+
+    #[inline(always)]
+    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault> {
+        parse::ipv6::locate(frame, network)
+    }
+
+    #[inline(always)]
+    fn hops(header: Cursor) -> u8 {
+        header.read(offset_of!(Ipv6Hdr, hop_limit))
+    }
+
+    #[inline(always)]
+    fn readdress(header: Cursor, src: [u32; 4], dst: [u32; 4], _l3_delta: u16, hops: u8) {
+        header.write(offset_of!(Ipv6Hdr, hop_limit), hops);
+        header.write_address(offset_of!(Ipv6Hdr, src_addr), src);
+        header.write_address(offset_of!(Ipv6Hdr, dst_addr), dst);
+    }
+
+    #[inline(always)]
+    fn write_header(header: Cursor, src: [u32; 4], dst: [u32; 4], protocol: u8, payload_len: u16) {
+        // Version 6; no traffic class, no flow label.
+        header.write(0, 0x6000_0000_u32.to_be());
+        header.write(offset_of!(Ipv6Hdr, payload_len), payload_len.to_be());
+        header.write(offset_of!(Ipv6Hdr, next_hdr), protocol);
+        header.write(offset_of!(Ipv6Hdr, hop_limit), HOPS);
+        header.write_address(offset_of!(Ipv6Hdr, src_addr), src);
+        header.write_address(offset_of!(Ipv6Hdr, dst_addr), dst);
+    }
+
+    /// Solicitations go to a multicast address, which no filter lane stands for.
+    #[inline(always)]
+    fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict> {
+        const MULTICAST: u32 = 0xff00_0000_u32.to_be();
+        if network.dst[0] & MULTICAST == MULTICAST {
+            Ok(neighbour::answer_solicitation(frame, link, network))
+        } else {
+            Ok(Verdict::PASS)
+        }
+    }
+
+    /// A known neighbour is confirmed with a solicitation to the address itself (RFC 4861
+    /// section 7.3.3).
+    #[inline(always)]
+    fn answer_icmp(frame: &Frame, link: &Link, network: &Network<Self>) -> Verdict {
+        neighbour::answer_solicitation(frame, link, network)
+    }
+}

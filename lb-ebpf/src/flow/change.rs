@@ -1,0 +1,147 @@
+//! A connection changes state, or ends.
+
+use super::{Decision, FOLLOW, OVER, dropped, refused};
+use crate::{atomic, family::Family, maps, parse::TcpFlags};
+use core::mem::offset_of;
+use lb_common::{
+    abi::ticks_since,
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
+    flow::{Flow, FlowKey, next_state, state},
+    service::on_backend_down,
+    stats::DropReason,
+};
+
+/// A client's packet that may change its flow's state, or whose backend is not as it was.
+#[inline(always)]
+pub fn revise<F: Family>() -> Decision {
+    let Some(work) = F::work() else {
+        return FOLLOW;
+    };
+    let arrival = &work.arrival;
+    let key = &arrival.key;
+    let Some(flow) = F::flows().get_ptr_mut(key) else {
+        return OVER;
+    };
+    // SAFETY: as in `follow`.
+    let flow = unsafe { &mut *flow };
+    let Some(backend) = maps::BACKENDS.get(flow.backend) else {
+        return dropped(DropReason::NoBackend, flow.service);
+    };
+    let flags = TcpFlags(arrival.flags);
+    let udp = flow.state == state::UDP;
+    let known = backend.generation == flow.generation;
+    let alive = known && backend.flags & BACKEND_ALIVE != 0;
+    let service = maps::SERVICES.get(flow.service);
+    let number = flow.service;
+
+    if !alive {
+        // A backend that is no longer there cannot keep its flows.
+        let reset = !known || service.is_none_or(|s| s.on_backend_down == on_backend_down::RESET);
+        if flags.opens() || (udp && reset) {
+            forget::<F>(key, flow, known);
+            return OVER;
+        }
+        if reset {
+            forget::<F>(key, flow, known);
+            return refused(DropReason::BackendDown, number);
+        }
+    }
+    if flags.opens() {
+        if state::is_over(flow.state) {
+            forget::<F>(key, flow, known);
+            return OVER;
+        }
+        let limit = service.map_or(0, |s| s.connect_timeout);
+        if flow.state == state::SYN_SENT
+            && limit != 0
+            && ticks_since(arrival.now, flow.created) >= limit
+        {
+            forget::<F>(key, flow, known);
+            return refused(DropReason::ConnectTimeout, number);
+        }
+    }
+    if backend.flags & BACKEND_RESOLVED == 0 {
+        return dropped(DropReason::NoNeighbour, number);
+    }
+    advance(flow, flags, false);
+    FOLLOW
+}
+
+/// A SYN, FIN or RST from the backend changes the state, which the client's entry holds.
+#[inline(always)]
+pub fn note_reply<F: Family>() -> Decision {
+    if let Some(work) = F::work()
+        && let Some(flow) = F::flows().get_ptr_mut(&work.arrival.key)
+    {
+        // SAFETY: as in `follow`.
+        advance(unsafe { &mut *flow }, TcpFlags(work.arrival.flags), true);
+    }
+    FOLLOW
+}
+
+/// Moves the flow to its next state and counts the connection where it now belongs.
+#[inline(always)]
+fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
+    const _: () = assert!(offset_of!(Flow<u32>, state) % 4 == 0);
+    const _: () = assert!(offset_of!(Flow<[u32; 4]>, state) % 4 == 0);
+    let before = flow.state;
+    let after = next_state(
+        before,
+        flags.any(TcpFlags::SYN),
+        flags.any(TcpFlags::ACK),
+        flags.any(TcpFlags::FIN),
+        flags.any(TcpFlags::RST),
+        from_backend,
+    );
+    if before == after {
+        return;
+    }
+    // State, direction and a zero share one word. Whoever changes it counts, so two CPUs that see
+    // the same change count it once.
+    let direction = flow.direction;
+    let word = |state: u8| u32::from_ne_bytes([state, direction, 0, 0]);
+    let backend = flow.backend;
+    // SAFETY: four bytes of a map value, aligned as asserted.
+    if !unsafe { atomic::replace((&raw mut flow.state).cast(), word(before), word(after)) } {
+        return;
+    }
+    match (state::is_active(before), state::is_active(after)) {
+        (false, true) => {
+            count_load(backend, ACTIVE, 1);
+            count_load(backend, INACTIVE, u64::MAX);
+        }
+        (true, false) => {
+            count_load(backend, ACTIVE, u64::MAX);
+            count_load(backend, INACTIVE, 1);
+        }
+        _ => {}
+    }
+}
+
+/// Removes both entries of a flow. `counted`: its backend still counts it.
+#[inline(always)]
+fn forget<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, counted: bool) {
+    let (backend, active) = (flow.backend, state::is_active(flow.state));
+    let opposite = flow.opposite(key.protocol);
+    let _ = F::flows().remove(&opposite);
+    // Only whoever removed the client's entry counts its end.
+    if F::flows().remove(key).is_ok() && counted {
+        count_load(backend, if active { ACTIVE } else { INACTIVE }, u64::MAX);
+    }
+}
+
+/// Offset of the counter of active connections.
+pub const ACTIVE: usize = offset_of!(Load, active);
+/// Offset of the counter of inactive connections.
+pub const INACTIVE: usize = offset_of!(Load, inactive);
+
+/// Adds to one counter of a backend's load; `u64::MAX` takes one away.
+#[inline(always)]
+pub fn count_load(backend: u32, counter: usize, change: u64) {
+    if let Some(load) = maps::BACKEND_LOAD.get_ptr_mut(backend) {
+        // SAFETY: a counter within the map value, aligned to 8 bytes.
+        unsafe {
+            atomic::fetch_add(load.byte_add(counter).cast(), change);
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Flow: packets of a connection follow the way its first packet took.
+//!
+//! One lookup answers for both directions. What happens with every packet is in this file. What
+//! happens when a connection begins ([`place`]) or changes state ([`change`]) is in subprograms, so
+//! that the way of most packets stays short, and in global ones, which the kernel verifies once and
+//! not again for each state they may be called in. They find the packet in the CPU's [`Work`].
+
+mod change;
+mod place;
+
+use crate::{
+    family::Family,
+    frame::Frame,
+    maps,
+    parse::{Link, Packet, TcpFlags},
+    verdict::Verdict,
+};
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use core::mem::offset_of;
+use lb_common::{
+    abi::{self, ticks_since},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
+    filter::{LANE_NAT_SOURCE, LANE_VIP},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
+    stats::DropReason,
+};
+use network_types::eth::EthHdr;
+
+/// Where a packet goes and what it becomes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub struct Outgoing<A> {
+    pub src: A,
+    pub dst: A,
+    pub sport: u16,
+    pub dport: u16,
+    pub l3_delta: u16,
+    pub l4_delta: u16,
+    /// Ethernet destination and source.
+    pub l2: [u32; 3],
+    pub ifindex: u32,
+    pub service: u32,
+    pub backend: u32,
+    pub direction: u32,
+}
+
+/// What a subprogram needs to know of a packet.
+#[repr(C, align(8))]
+pub struct Arrival<A> {
+    /// The client's key.
+    pub key: FlowKey<A>,
+    /// Ethernet destination and source towards the sender.
+    pub l2: [u32; 3],
+    pub ifindex: u32,
+    pub now: u32,
+    /// TCP flags.
+    pub flags: u8,
+    /// 1 if the packet has a hop left.
+    pub can_travel: u8,
+}
+
+/// Each CPU's desk, where subprograms find the packet and leave their result; it also holds what
+/// would be too large for the stack.
+#[repr(C, align(8))]
+pub struct Work<A> {
+    pub arrival: Arrival<A>,
+    /// The service and the backend chosen for a new flow.
+    pub service: u32,
+    pub backend: u32,
+    /// The backend's entry of a new flow, and its key.
+    pub reply: Flow<A>,
+    pub reply_key: FlowKey<A>,
+    /// The client's entry of a new flow.
+    pub client: Flow<A>,
+    pub outgoing: Outgoing<A>,
+}
+
+/// What a subprogram decided, in one register: one of the constants, or the number of a drop
+/// reason, to which [`REFUSE`] is added if the sender is to be told; the service's number in the
+/// high half.
+type Decision = u64;
+
+/// Go on.
+const FOLLOW: u64 = 0;
+/// The flow is over, and the packet may begin another.
+const OVER: u64 = 1 << 16;
+/// Not a packet for any service.
+const NOT_OURS: u64 = 2 << 16;
+/// Tell the sender.
+const REFUSE: u64 = 1 << 8;
+
+#[inline(always)]
+const fn dropped(reason: DropReason, service: u32) -> Decision {
+    (service as u64) << 32 | reason as u64
+}
+
+#[inline(always)]
+const fn refused(reason: DropReason, service: u32) -> Decision {
+    dropped(reason, service) | REFUSE
+}
+
+/// The verdict for a decision that ends the packet's way.
+#[inline(always)]
+const fn ended(decision: Decision) -> Verdict {
+    if decision == NOT_OURS {
+        return Verdict::PASS;
+    }
+    Verdict::refused(
+        decision as u8,
+        decision & REFUSE != 0,
+        (decision >> 32) as u32,
+    )
+}
+
+/// Ticks between two notes of a flow's last packet: a line that all CPUs read is not written
+/// with every packet.
+const TOUCH_INTERVAL: u32 = 128;
+
+/// States that no ordinary packet changes.
+const STEADY: u32 = 1 << state::UDP | 1 << state::ESTABLISHED;
+
+/// Finds the packet's flow, or begins one.
+#[inline(always)]
+pub fn follow<F: Family>(
+    frame: &Frame,
+    link: &Link,
+    packet: &Packet<F>,
+    lane: u8,
+) -> Result<Outgoing<F::Addr>, Verdict> {
+    // The host's own traffic shares the address that NAT sends from, but not its ports.
+    if lane == LANE_NAT_SOURCE && !is_nat_port(packet.dport) {
+        return Err(Verdict::PASS);
+    }
+    let key = packet.key();
+    let can_travel = F::hops(packet.network.header) > 1;
+    if let Some(flow) = F::flows().get_ptr_mut(&key) {
+        // SAFETY: a live map value. An eviction may hand the memory to another flow while it is
+        // read, as with every shared LRU map; the packet then goes where that flow goes.
+        let flow = unsafe { &mut *flow };
+        let now = now();
+        if !can_travel {
+            return Err(Verdict::drop(DropReason::TtlExceeded, flow.service));
+        }
+        if flow.direction == DIRECTION_BACKEND {
+            return to_client::<F>(packet, flow, now);
+        }
+        if let Some(outgoing) = to_backend::<F>(packet, &key, flow, now)? {
+            return Ok(outgoing);
+        }
+    }
+    if lane & LANE_VIP == 0 {
+        return Err(Verdict::PASS);
+    }
+    begin::<F>(frame, link, packet, &key, can_travel)
+}
+
+/// A packet from the backend, on its way to the client.
+#[inline(always)]
+fn to_client<F: Family>(
+    packet: &Packet<F>,
+    flow: &mut Flow<F::Addr>,
+    now: u32,
+) -> Result<Outgoing<F::Addr>, Verdict> {
+    touch(flow, now);
+    if packet
+        .flags
+        .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
+    {
+        let work = F::work().ok_or(Verdict::PASS)?;
+        work.arrival.key = flow.opposite(u32::from(packet.protocol));
+        work.arrival.flags = packet.flags.0;
+        F::note_reply();
+    }
+    Ok(Outgoing {
+        src: flow.src,
+        dst: flow.dst,
+        sport: flow.sport,
+        dport: flow.dport,
+        l3_delta: flow.l3_delta,
+        l4_delta: flow.l4_delta,
+        l2: flow.l2,
+        ifindex: flow.ifindex,
+        service: flow.service,
+        backend: flow.backend,
+        direction: u32::from(DIRECTION_BACKEND),
+    })
+}
+
+/// A packet from the client, on its way to the backend. `None`: the flow is over and the packet
+/// begins another.
+#[inline(always)]
+fn to_backend<F: Family>(
+    packet: &Packet<F>,
+    key: &FlowKey<F::Addr>,
+    flow: &mut Flow<F::Addr>,
+    now: u32,
+) -> Result<Option<Outgoing<F::Addr>>, Verdict> {
+    let Some(backend) = maps::BACKENDS.get(flow.backend) else {
+        return Err(Verdict::drop(DropReason::NoBackend, flow.service));
+    };
+    let steady = STEADY >> (flow.state & 7) & 1 != 0
+        && !packet
+            .flags
+            .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
+        && backend.flags == BACKEND_RESOLVED | BACKEND_ALIVE
+        && backend.generation == flow.generation;
+    if !steady {
+        let work = F::work().ok_or(Verdict::PASS)?;
+        work.arrival.key = *key;
+        work.arrival.flags = packet.flags.0;
+        work.arrival.now = now;
+        match F::revise() {
+            FOLLOW => {}
+            OVER => return Ok(None),
+            decision => return Err(ended(decision)),
+        }
+    }
+    touch(flow, now);
+    Ok(Some(Outgoing {
+        src: flow.src,
+        dst: flow.dst,
+        sport: flow.sport,
+        dport: flow.dport,
+        l3_delta: flow.l3_delta,
+        l4_delta: flow.l4_delta,
+        l2: backend.l2,
+        ifindex: backend.ifindex,
+        service: flow.service,
+        backend: flow.backend,
+        direction: u32::from(DIRECTION_CLIENT),
+    }))
+}
+
+/// The first packet of a flow.
+#[inline(always)]
+fn begin<F: Family>(
+    frame: &Frame,
+    link: &Link,
+    packet: &Packet<F>,
+    key: &FlowKey<F::Addr>,
+    can_travel: bool,
+) -> Result<Outgoing<F::Addr>, Verdict> {
+    let work = F::work().ok_or(Verdict::PASS)?;
+    work.arrival.key = *key;
+    work.arrival.l2 = back(link);
+    work.arrival.ifindex = frame.ingress();
+    work.arrival.now = now();
+    work.arrival.flags = packet.flags.0;
+    work.arrival.can_travel = u8::from(can_travel);
+    for step in [F::choose, F::record_reply, F::record_client] {
+        match step() {
+            FOLLOW => {}
+            decision => return Err(ended(decision)),
+        }
+    }
+    Ok(work.outgoing)
+}
+
+/// Ethernet destination and source towards the packet's sender: twelve bytes as they will stand
+/// in the frame.
+#[inline(always)]
+fn back(link: &Link) -> [u32; 3] {
+    let to = link.header.read_mac(offset_of!(EthHdr, src_addr));
+    let from = link.header.read_mac(offset_of!(EthHdr, dst_addr));
+    let ([t0, t1], [f0, f1, f2, f3], [f4, f5]) = (
+        to.tail.to_ne_bytes(),
+        from.head.to_ne_bytes(),
+        from.tail.to_ne_bytes(),
+    );
+    [
+        to.head,
+        u32::from_ne_bytes([t0, t1, f0, f1]),
+        u32::from_ne_bytes([f2, f3, f4, f5]),
+    ]
+}
+
+#[inline(always)]
+fn touch<A>(flow: &mut Flow<A>, now: u32) {
+    if ticks_since(now, flow.last_seen) >= TOUCH_INTERVAL {
+        flow.last_seen = now;
+    }
+}
+
+#[inline(always)]
+fn is_nat_port(port: u16) -> bool {
+    let port = u16::from_be(port);
+    maps::SETTINGS
+        .get(0)
+        .is_some_and(|s| port >= s.nat_port_first && port <= s.nat_port_last)
+}
+
+/// The coarse clock: a jiffy's resolution for the price of reading a variable.
+#[inline(always)]
+fn now() -> u32 {
+    // SAFETY: the helper only reads the kernel's clock.
+    abi::ticks_from_ns(unsafe { bpf_ktime_get_coarse_ns() })
+}
+
+/// The subprograms of one family, under names of their own because the kernel knows global
+/// functions by name.
+macro_rules! subprograms {
+    ($family:ty, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
+        /// [`place::choose`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $choose() -> Decision {
+            place::choose::<$family>()
+        }
+
+        /// [`place::record_reply`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $record_reply() -> Decision {
+            place::record_reply::<$family>()
+        }
+
+        /// [`place::record_client`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $record_client() -> Decision {
+            place::record_client::<$family>()
+        }
+
+        /// [`change::revise`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $revise() -> Decision {
+            change::revise::<$family>()
+        }
+
+        /// [`change::note_reply`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $note_reply() -> Decision {
+            change::note_reply::<$family>()
+        }
+    };
+}
+
+subprograms!(
+    crate::family::V4,
+    choose4,
+    record_reply4,
+    record_client4,
+    revise4,
+    note_reply4
+);
+subprograms!(
+    crate::family::V6,
+    choose6,
+    record_reply6,
+    record_client6,
+    revise6,
+    note_reply6
+);

@@ -1,0 +1,210 @@
+//! A connection begins: a backend is picked, then each direction is recorded.
+//!
+//! Three subprograms, called one after the other: as one, they and their caller would take more
+//! stack than the kernel grants.
+
+use super::{
+    Decision, FOLLOW, NOT_OURS, Outgoing,
+    change::{ACTIVE, INACTIVE, count_load},
+    dropped, refused,
+};
+use crate::{
+    family::Family,
+    lookup, maps,
+    parse::{TcpFlags, protocol},
+    select, stats,
+};
+use aya_ebpf::bindings::BPF_NOEXIST;
+use lb_common::{
+    addr::Address,
+    backend::BACKEND_RESOLVED,
+    csum,
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
+    hash,
+    service::{Service, on_no_backend},
+    stats::DropReason,
+};
+
+/// Picks a backend for a new flow and prepares the backend's entry.
+#[inline(always)]
+pub fn choose<F: Family>() -> Decision {
+    let Some(work) = F::work() else {
+        return NOT_OURS;
+    };
+    let arrival = &work.arrival;
+    let key = &arrival.key;
+    let udp = key.protocol == u32::from(protocol::UDP);
+    let Some((number, service)) = lookup::service::<F>(key.dst, key.dport, key.protocol as u8)
+    else {
+        return NOT_OURS;
+    };
+    if !udp && !TcpFlags(arrival.flags).opens() {
+        return refused(DropReason::NoFlow, number);
+    }
+    let Some((backend_number, backend)) = select::backend(number, service, key) else {
+        return no_backend(service, number);
+    };
+    if backend.flags & BACKEND_RESOLVED == 0 {
+        return dropped(DropReason::NoNeighbour, number);
+    }
+    if arrival.can_travel == 0 {
+        return dropped(DropReason::TtlExceeded, number);
+    }
+    work.service = number;
+    work.backend = backend_number;
+    let (source, target) = (
+        F::Addr::narrow(&backend.source),
+        F::Addr::narrow(&backend.addr),
+    );
+    work.reply_key = FlowKey {
+        src: target,
+        dst: source,
+        sport: backend.port,
+        dport: 0,
+        protocol: key.protocol,
+    };
+    work.reply = Flow {
+        src: key.dst,
+        dst: key.src,
+        sport: key.dport,
+        dport: key.sport,
+        backend: backend_number,
+        generation: backend.generation,
+        service: number,
+        l2: arrival.l2,
+        ifindex: arrival.ifindex,
+        last_seen: arrival.now,
+        created: arrival.now,
+        l3_delta: 0,
+        l4_delta: 0,
+        state: if udp { state::UDP } else { state::SYN_SENT },
+        direction: DIRECTION_BACKEND,
+        reserved: 0,
+    };
+    FOLLOW
+}
+
+/// Source ports that are tried for a new flow before it is refused.
+const PORT_TRIES: u32 = 64;
+
+/// Records the backend's entry of a new flow, under a source port that no other flow to this
+/// backend has.
+#[inline(always)]
+pub fn record_reply<F: Family>() -> Decision {
+    let (Some(work), Some(settings)) = (F::work(), maps::SETTINGS.get(0)) else {
+        return NOT_OURS;
+    };
+    let (client, key) = (&work.arrival.key, &work.reply_key);
+    let addresses = address_delta(key.dst, client.src) + address_delta(key.src, client.dst);
+    // All but the port that is yet to be found.
+    let sum =
+        addresses + u64::from(!client.sport) + u64::from(!client.dport) + u64::from(key.sport);
+    // What one direction adds to a sum, the other takes away: the complement.
+    work.reply.l3_delta = !csum::fold(addresses);
+    let first = u32::from(settings.nat_port_first);
+    let span = u32::from(settings.nat_port_last)
+        .wrapping_sub(first)
+        .wrapping_add(1);
+    // A search that begins at a hash of the client finds a free port at the first try for as long
+    // as few are taken; the seed differs on every balancer, so nobody outside can guess it.
+    let start = hash::jhash_3words(
+        hash::address_word(client.src),
+        u32::from(client.sport) << 16 | u32::from(client.dport),
+        work.reply.backend,
+        settings.nat_port_seed,
+    );
+    let mut offset = hash::slot_of(start, span);
+    // A stride of its own for each client leaves the clusters that linear probing would build; a
+    // small range is walked port by port.
+    let stride = if span > 4 * PORT_TRIES {
+        1 + (start & 0xff)
+    } else {
+        1
+    };
+    for _ in 0..PORT_TRIES {
+        let port = (first.wrapping_add(offset) as u16).to_be();
+        work.reply_key.dport = port;
+        if F::flows().get_ptr(&work.reply_key).is_none() {
+            work.reply.l4_delta = !csum::fold(sum + u64::from(port));
+            if F::flows()
+                .insert(&work.reply_key, &work.reply, u64::from(BPF_NOEXIST))
+                .is_ok()
+            {
+                return FOLLOW;
+            }
+        }
+        offset += stride;
+        if offset >= span {
+            offset -= span;
+        }
+    }
+    dropped(DropReason::PortExhausted, work.service)
+}
+
+/// Records the client's entry of a new flow.
+#[inline(always)]
+pub fn record_client<F: Family>() -> Decision {
+    let Some(work) = F::work() else {
+        return NOT_OURS;
+    };
+    let (number, backend_number) = (work.service, work.backend);
+    let Some(backend) = maps::BACKENDS.get(backend_number) else {
+        return dropped(DropReason::NoBackend, number);
+    };
+    let udp = work.reply.state == state::UDP;
+    work.client = work.reply;
+    work.client.src = work.reply_key.dst;
+    work.client.dst = work.reply_key.src;
+    work.client.sport = work.reply_key.dport;
+    work.client.dport = work.reply_key.sport;
+    work.client.l3_delta = !work.reply.l3_delta;
+    work.client.l4_delta = !work.reply.l4_delta;
+    work.client.direction = DIRECTION_CLIENT;
+    if F::flows()
+        .insert(&work.arrival.key, &work.client, u64::from(BPF_NOEXIST))
+        .is_err()
+    {
+        // Full, or another CPU was faster with a packet of the same flow; the sender repeats this
+        // one.
+        let _ = F::flows().remove(&work.reply_key);
+        return dropped(DropReason::TableFull, number);
+    }
+    count_load(backend_number, if udp { ACTIVE } else { INACTIVE }, 1);
+    stats::count_connection(number, backend_number);
+    work.outgoing = Outgoing {
+        src: work.client.src,
+        dst: work.client.dst,
+        sport: work.client.sport,
+        dport: work.client.dport,
+        l3_delta: work.client.l3_delta,
+        l4_delta: work.client.l4_delta,
+        l2: backend.l2,
+        ifindex: backend.ifindex,
+        service: number,
+        backend: backend_number,
+        direction: u32::from(DIRECTION_CLIENT),
+    };
+    FOLLOW
+}
+
+#[inline(always)]
+const fn no_backend(service: &Service, number: u32) -> Decision {
+    match service.on_no_backend {
+        on_no_backend::PASS => NOT_OURS,
+        on_no_backend::DROP => dropped(DropReason::NoBackend, number),
+        _ => refused(DropReason::NoBackend, number),
+    }
+}
+
+/// What replacing `old` by `new` adds to a sum.
+#[inline(always)]
+fn address_delta<A: Address>(new: A, old: A) -> u64 {
+    let (new, old) = (new.widen(), old.widen());
+    let mut sum = 0;
+    let mut i = 0;
+    while i < A::WORDS {
+        sum += csum::word(new[i]) + csum::minus(old[i]);
+        i += 1;
+    }
+    sum
+}

@@ -1,0 +1,24 @@
+//! Forward: out by the interface of the next hop.
+
+use crate::{family::Family, flow::Outgoing, frame::Frame, parse::Packet, stats, verdict::Verdict};
+use lb_common::flow::DIRECTION_BACKEND;
+
+/// Counts a rewritten packet and sends it.
+#[inline(always)]
+pub fn send<F: Family>(
+    frame: &Frame,
+    packet: &Packet<F>,
+    outgoing: &Outgoing<F::Addr>,
+) -> Result<Verdict, Verdict> {
+    let bytes = u64::from(packet.packet_len);
+    if outgoing.direction == u32::from(DIRECTION_BACKEND) {
+        stats::count_out(outgoing.service, outgoing.backend, bytes);
+    } else {
+        stats::count_in(outgoing.service, outgoing.backend, bytes);
+    }
+    if outgoing.ifindex == frame.ingress() {
+        Ok(Verdict::TRANSMIT)
+    } else {
+        Ok(Verdict::redirect(outgoing.ifindex))
+    }
+}

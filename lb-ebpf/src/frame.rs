@@ -1,0 +1,135 @@
+//! The frame in memory: the only place with packet-pointer arithmetic.
+
+use aya_ebpf::bindings::xdp_md;
+use lb_common::addr::Address;
+
+/// The bytes of a packet between the context's `data` and `data_end`.
+pub struct Frame {
+    /// The context, for helpers.
+    pub ctx: *mut xdp_md,
+    data: usize,
+    end: usize,
+}
+
+/// A place in the frame; offsets from it must have been checked with [`Frame::check`].
+#[derive(Clone, Copy)]
+pub struct Cursor(usize);
+
+impl Frame {
+    /// The frame as it is now. To be taken anew after a helper has moved its ends.
+    #[inline(always)]
+    pub fn new(ctx: *mut xdp_md) -> Self {
+        // SAFETY: the kernel passes a valid context for as long as the program runs.
+        let (data, end) = unsafe { ((*ctx).data as usize, (*ctx).data_end as usize) };
+        Self { ctx, data, end }
+    }
+
+    /// The first byte, if at least `len` follow.
+    #[inline(always)]
+    pub fn start(&self, len: usize) -> Option<Cursor> {
+        self.check(Cursor(self.data), len)
+    }
+
+    /// `cursor`, if at least `len` bytes of the frame follow it.
+    #[inline(always)]
+    pub fn check(&self, cursor: Cursor, len: usize) -> Option<Cursor> {
+        (cursor.0 + len <= self.end).then_some(cursor)
+    }
+
+    /// Bytes from `cursor` to the end of the frame.
+    #[inline(always)]
+    pub fn remaining(&self, cursor: Cursor) -> usize {
+        self.end.wrapping_sub(cursor.0)
+    }
+
+    /// Bytes from the start of the frame to `cursor`.
+    #[inline(always)]
+    pub fn offset(&self, cursor: Cursor) -> usize {
+        cursor.0.wrapping_sub(self.data)
+    }
+
+    /// The interface the packet came from.
+    #[inline(always)]
+    pub fn ingress(&self) -> u32 {
+        // SAFETY: as in `new`.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+}
+
+/// An Ethernet address in two registers; as an array the compiler would copy it byte by byte.
+#[derive(Clone, Copy)]
+pub struct Mac {
+    /// Its first four bytes, as they stand in the frame.
+    pub head: u32,
+    /// Its last two.
+    pub tail: u16,
+}
+
+impl Cursor {
+    /// The place `bytes` further on; nothing there is checked yet.
+    #[inline(always)]
+    pub const fn skip(self, bytes: usize) -> Self {
+        Self(self.0 + bytes)
+    }
+
+    /// Reads a value at `offset`.
+    #[inline(always)]
+    pub fn read<T: Copy>(self, offset: usize) -> T {
+        // SAFETY: the verifier proves that the bytes lie in the frame, or refuses the program.
+        unsafe { ((self.0 + offset) as *const T).read_unaligned() }
+    }
+
+    /// Writes a value at `offset`.
+    #[inline(always)]
+    pub fn write<T: Copy>(self, offset: usize, value: T) {
+        // SAFETY: as in `read`.
+        unsafe { ((self.0 + offset) as *mut T).write_unaligned(value) }
+    }
+
+    /// Reads the Ethernet address at `offset`.
+    #[inline(always)]
+    pub fn read_mac(self, offset: usize) -> Mac {
+        Mac {
+            head: self.read(offset),
+            tail: self.read(offset + 4),
+        }
+    }
+
+    /// Writes an Ethernet address at `offset`.
+    #[inline(always)]
+    pub fn write_mac(self, offset: usize, mac: Mac) {
+        self.write(offset, mac.head);
+        self.write(offset + 4, mac.tail);
+    }
+
+    /// Writes three words at `offset`.
+    #[inline(always)]
+    pub fn write_words(self, offset: usize, words: [u32; 3]) {
+        self.write(offset, words[0]);
+        self.write(offset + 4, words[1]);
+        self.write(offset + 8, words[2]);
+    }
+
+    /// Reads an IP address at `offset`.
+    #[inline(always)]
+    pub fn read_address<A: Address>(self, offset: usize) -> A {
+        let mut words = [0; 4];
+        let mut i = 0;
+        while i < A::WORDS {
+            words[i] = self.read(offset + 4 * i);
+            i += 1;
+        }
+        A::narrow(&words)
+    }
+
+    /// Writes an IP address at `offset`.
+    #[inline(always)]
+    pub fn write_address<A: Address>(self, offset: usize, address: A) {
+        let words = address.widen();
+        let mut i = 0;
+        while i < A::WORDS {
+            self.write(offset + 4 * i, words[i]);
+            i += 1;
+        }
+    }
+}

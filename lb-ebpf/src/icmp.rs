@@ -1,0 +1,45 @@
+//! ICMP (RFC 792) and ICMPv6 (RFC 4443): a VIP answers its ping.
+
+use crate::{
+    family::{Family, HOPS},
+    frame::Frame,
+    lookup,
+    parse::{Link, Located, Network},
+    rewrite,
+    verdict::Verdict,
+};
+use core::mem::offset_of;
+use lb_common::csum;
+use network_types::icmp::Icmpv4Hdr;
+
+/// Answers an echo request for a VIP in place; anything else is the kernel's.
+///
+/// Type, code and checksum have the same place in both families. A VIP that the kernel holds too
+/// is answered here as well: the answer is the same and cheaper.
+#[inline(always)]
+pub fn answer<F: Family>(
+    frame: &Frame,
+    link: &Link,
+    network: &Network<F>,
+    located: &Located,
+) -> Verdict {
+    let Some(header) = frame.check(located.header, Icmpv4Hdr::LEN) else {
+        return Verdict::PASS;
+    };
+    if located.transport_len < Icmpv4Hdr::LEN as u32 || lookup::vip::<F>(&network.dst).is_none() {
+        return Verdict::PASS;
+    }
+    let request = u16::from_ne_bytes([F::ECHO_REQUEST, 0]);
+    let reply = u16::from_ne_bytes([F::ECHO_REPLY, 0]);
+    if header.read::<u16>(0) != request {
+        return F::answer_icmp(frame, link, network);
+    }
+    let delta = csum::fold(u64::from(!request) + u64::from(reply));
+    let check: u16 = header.read(offset_of!(Icmpv4Hdr, check));
+    header.write(0, reply);
+    header.write(offset_of!(Icmpv4Hdr, check), csum::update(check, delta));
+    // Exchanged addresses leave every sum as it is.
+    F::readdress(network.header, network.dst, network.src, 0, HOPS);
+    rewrite::exchange_link(link);
+    Verdict::TRANSMIT
+}

@@ -1,0 +1,41 @@
+//! Lookup: is this address ours, and which service is it?
+
+use crate::{family::Family, maps};
+use lb_common::{
+    filter,
+    service::{Service, ServiceKey, Vip},
+};
+
+/// The filter's lane for a destination: zero proves that the packet is not ours.
+#[inline(always)]
+pub fn lane<F: Family>(dst: F::Addr) -> u8 {
+    let (element, shift) = filter::place(filter::lane_of(dst));
+    maps::ADDRESS_FILTER
+        .get(element)
+        .map_or(0, |lanes| (*lanes >> shift) as u8)
+}
+
+/// The VIP record of an address.
+#[inline(always)]
+pub fn vip<F: Family>(address: &F::Addr) -> Option<Vip> {
+    // SAFETY: a copy of one word; a concurrent removal at worst shows the value of a moment ago.
+    unsafe { F::vips().get(address) }.copied()
+}
+
+/// Keeps a key at a multiple of 8 bytes on the stack: the compiler joins its words to double
+/// words, and the verifier wants those aligned there.
+#[repr(align(8))]
+struct Aligned<T>(T);
+
+/// The service a packet is for: its number and record.
+#[inline(always)]
+pub fn service<F: Family>(
+    vip: F::Addr,
+    port: u16,
+    protocol: u8,
+) -> Option<(u32, &'static Service)> {
+    let key = Aligned(ServiceKey::new(vip, port, protocol));
+    // SAFETY: a copy of one word, as in `vip`.
+    let number = *unsafe { F::services().get(&key.0) }?;
+    Some((number, maps::SERVICES.get(number)?))
+}

@@ -1,0 +1,75 @@
+//! The maps. `docs/architecture.md` lists who writes them; sizes here are replaced at load by
+//! those of the configuration.
+
+use crate::flow::Work;
+use aya_ebpf::{
+    btf_maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use lb_common::{
+    abi::Settings,
+    backend::{Backend, Load, Slot},
+    filter,
+    flow::{Flow, FlowKey},
+    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    stats::{Counters, DROP_SLOTS},
+};
+
+/// `BPF_F_MMAPABLE`: the daemon maps the array into its memory.
+const MMAPABLE: usize = 1 << 10;
+
+/// An IPv6 address in a map.
+type Addr6 = [u32; 4];
+
+#[btf_map(name = "settings")]
+pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
+#[btf_map(name = "address_filter")]
+pub static ADDRESS_FILTER: Array<u64, { filter::ELEMENTS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "vips4")]
+pub static VIPS4: HashMap<u32, Vip, 4096> = HashMap::new();
+#[btf_map(name = "vips6")]
+pub static VIPS6: HashMap<Addr6, Vip, 4096> = HashMap::new();
+#[btf_map(name = "services4")]
+pub static SERVICES4: HashMap<ServiceKey<u32>, u32, 4096> = HashMap::new();
+#[btf_map(name = "services6")]
+pub static SERVICES6: HashMap<ServiceKey<Addr6>, u32, 4096> = HashMap::new();
+#[btf_map(name = "services")]
+pub static SERVICES: Array<Service, 4097, MMAPABLE> = Array::new();
+#[btf_map(name = "backends")]
+pub static BACKENDS: Array<Backend, 16385, MMAPABLE> = Array::new();
+#[btf_map(name = "slots")]
+pub static SLOTS: Array<Slot, 65536, MMAPABLE> = Array::new();
+#[btf_map(name = "cursors")]
+pub static CURSORS: Array<Cursor, 4097, MMAPABLE> = Array::new();
+#[btf_map(name = "flows4")]
+pub static FLOWS4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
+#[btf_map(name = "flows6")]
+pub static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::new();
+#[btf_map(name = "backend_load")]
+pub static BACKEND_LOAD: Array<Load, 16385, MMAPABLE> = Array::new();
+#[btf_map(name = "service_stats")]
+pub static SERVICE_STATS: PerCpuArray<Counters, 4097> = PerCpuArray::new();
+#[btf_map(name = "backend_stats")]
+pub static BACKEND_STATS: PerCpuArray<Counters, 16385> = PerCpuArray::new();
+#[btf_map(name = "drops")]
+pub static DROPS: PerCpuArray<u64, { DROP_SLOTS as usize }> = PerCpuArray::new();
+#[btf_map(name = "interfaces")]
+pub static INTERFACES: HashMap<u32, Interface, 256> = HashMap::new();
+#[btf_map(name = "redirects")]
+pub static REDIRECTS: DevMapHash<256> = DevMapHash::new();
+#[btf_map(name = "scratch")]
+pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+#[btf_map(name = "work4")]
+pub static WORK4: PerCpuArray<Work<u32>, 1> = PerCpuArray::new();
+#[btf_map(name = "work6")]
+pub static WORK6: PerCpuArray<Work<Addr6>, 1> = PerCpuArray::new();
+
+/// Bytes of a packet that are summed at a time.
+pub const CHUNK: usize = 512;
+
+/// A piece of a packet, larger than the stack allows.
+#[repr(C)]
+pub struct Scratch {
+    /// The piece, and room to pad it to a whole word.
+    pub bytes: [u8; CHUNK + 8],
+}

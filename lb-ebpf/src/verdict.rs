@@ -1,0 +1,76 @@
+//! What becomes of a packet, and the one place where that is counted and told to the kernel.
+
+use crate::{frame::Frame, maps, reset, stats};
+use aya_ebpf::bindings::xdp_action;
+use lb_common::stats::DropReason;
+
+/// What becomes of a packet: an action, a drop reason, and a service or interface.
+///
+/// One word rather than an enum with fields: the compiler may leave the unused fields of an enum
+/// undefined where it joins two paths, and the verifier refuses to copy what was never written.
+#[derive(Clone, Copy)]
+pub struct Verdict(u64);
+
+// Actions, in the low byte.
+const PASS: u8 = 0;
+const TRANSMIT: u8 = 1;
+const REDIRECT: u8 = 2;
+const DROP: u8 = 3;
+const REFUSE: u8 = 4;
+
+impl Verdict {
+    /// Not ours: the kernel gets it, untouched.
+    pub const PASS: Self = Self::new(PASS, 0, 0);
+    /// Leaves by the interface it came from.
+    pub const TRANSMIT: Self = Self::new(TRANSMIT, 0, 0);
+
+    #[inline(always)]
+    const fn new(action: u8, reason: u8, object: u32) -> Self {
+        Self((object as u64) << 32 | (reason as u64) << 8 | action as u64)
+    }
+
+    /// Leaves by another interface.
+    #[inline(always)]
+    pub const fn redirect(ifindex: u32) -> Self {
+        Self::new(REDIRECT, 0, ifindex)
+    }
+
+    /// Dropped and counted, for the service or for none if that is 0.
+    #[inline(always)]
+    pub const fn drop(reason: DropReason, service: u32) -> Self {
+        Self::new(DROP, reason as u8, service)
+    }
+
+    /// What a subprogram decided: a drop reason's number, and whether the sender is told.
+    #[inline(always)]
+    pub const fn refused(reason: u8, tell: bool, service: u32) -> Self {
+        // Counted like a drop; a TCP sender is told with RST.
+        Self::new(if tell { REFUSE } else { DROP }, reason, service)
+    }
+}
+
+/// Counts the verdict and turns it into the code XDP returns.
+#[inline(always)]
+pub fn conclude(frame: &Frame, verdict: Verdict) -> u32 {
+    let (action, reason, object) = (
+        verdict.0 as u8,
+        (verdict.0 >> 8) as u8,
+        (verdict.0 >> 32) as u32,
+    );
+    match action {
+        PASS => xdp_action::XDP_PASS,
+        TRANSMIT => xdp_action::XDP_TX,
+        REDIRECT => maps::REDIRECTS.redirect(object, 0).unwrap_or_else(|_| {
+            stats::count_drop(DropReason::NoInterface as u8, 0);
+            xdp_action::XDP_DROP
+        }),
+        _ => {
+            stats::count_drop(reason, object);
+            if action == REFUSE && reset::answer(frame.ctx) {
+                xdp_action::XDP_TX
+            } else {
+                xdp_action::XDP_DROP
+            }
+        }
+    }
+}
