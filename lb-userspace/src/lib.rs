@@ -4,6 +4,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod demo;
+pub mod health;
 pub mod metrics;
 pub mod model;
 pub mod neigh;
