@@ -1,0 +1,274 @@
+//! The maps as an operator reads them: one JSON object for each entry, fields by name.
+//!
+//! Straight from the pins, with or without a daemon.
+
+use super::{
+    attach::interface_name,
+    map::{HashMap, PerCpuArray, SharedArray, is_zero},
+    maps::{Maps, NAMES},
+    pins,
+};
+use crate::api::types::MapStatus;
+use anyhow::{Context as _, Result, anyhow};
+use bytemuck::Pod;
+use lb_common::{
+    addr::{self, Address},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
+    filter,
+    flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    names::{self, name_of},
+    service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, Vip},
+    stats::{Counters, DropReason},
+};
+use serde_json::{Value, json};
+use std::{io, net::IpAddr, ops::AddAssign, path::Path};
+
+/// Takes one entry; an error ends the dump.
+type Emit<'a> = &'a mut dyn FnMut(Value) -> io::Result<()>;
+
+/// The maps pinned in `pin_path` and how full they are.
+pub fn list(pin_path: &Path) -> Result<Vec<MapStatus>> {
+    Ok(open(pin_path)?.status()?)
+}
+
+/// Shows `emit` every entry of the map `name` pinned in `pin_path`. Elements of arrays that are
+/// all zero are left out.
+///
+/// Entry by entry, because a flow table has millions.
+pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
+    if !NAMES.contains(&name) {
+        return Err(anyhow!("no map \"{name}\"; there are {}", NAMES.join(", ")));
+    }
+    let maps = open(pin_path)?;
+    let result = match name {
+        "settings" => array(&maps.settings, emit, |_, s| {
+            json!({
+                "abi_version": s.abi_version,
+                "nat_port_first": s.nat_port_first,
+                "nat_port_last": s.nat_port_last,
+                "nat_port_seed": s.nat_port_seed,
+            })
+        }),
+        "address_filter" => address_filter(&maps.address_filter, emit),
+        "vips4" => hash(&maps.vips4, emit, vip),
+        "vips6" => hash(&maps.vips6, emit, vip),
+        "services4" => hash(&maps.services4, emit, service_key),
+        "services6" => hash(&maps.services6, emit, service_key),
+        "services" => array(&maps.services, emit, service),
+        "backends" => array(&maps.backends, emit, backend),
+        "slots" => array(
+            &maps.slots,
+            emit,
+            |index, s: Slot| json!({"slot": index, "backend": s.backend, "previous": s.previous}),
+        ),
+        "cursors" => array(
+            &maps.cursors,
+            emit,
+            |index, c| json!({"service": index, "next": c.next}),
+        ),
+        "flows4" => hash(&maps.flows4, emit, flow),
+        "flows6" => hash(&maps.flows6, emit, flow),
+        "backend_load" => array(
+            &maps.backend_load,
+            emit,
+            |index, l: Load| json!({"backend": index, "active": l.active, "inactive": l.inactive}),
+        ),
+        "service_stats" => counters(&maps.service_stats, emit, |index, c| {
+            stats("service", index, c)
+        }),
+        "backend_stats" => counters(&maps.backend_stats, emit, |index, c| {
+            stats("backend", index, c)
+        }),
+        "drops" => counters(&maps.drops, emit, |index, packets| {
+            let reason = DropReason::ALL.iter().find(|r| **r as u32 == index);
+            json!({"reason": reason.map_or("unknown", |r| r.name()), "packets": packets})
+        }),
+        "interfaces" => hash(
+            &maps.interfaces,
+            emit,
+            |index, i: &Interface| json!({"ifindex": index, "name": interface_name(*index), "mac": mac(&i.mac)}),
+        ),
+        "redirects" => hash(
+            &maps.redirects,
+            emit,
+            |index, r| json!({"ifindex": index, "name": interface_name(*index), "to": r.ifindex}),
+        ),
+        other => return Err(anyhow!("map {other} has no description")),
+    };
+    result.with_context(|| format!("map {name}"))
+}
+
+fn open(pin_path: &Path) -> Result<Maps> {
+    if !pin_path.join("settings").exists() {
+        return Err(anyhow!(
+            "no data plane in {}; \"sluice run\" makes one",
+            pin_path.display()
+        ));
+    }
+    pins::verify_abi(pin_path)?;
+    Maps::open(pin_path)
+}
+
+fn hash<K: Pod, V: Pod>(
+    map: &HashMap<K, V>,
+    emit: Emit<'_>,
+    describe: impl Fn(&K, &V) -> Value,
+) -> io::Result<()> {
+    let mut result = Ok(());
+    map.iter_batches(|key, value| {
+        if result.is_ok() {
+            result = emit(describe(key, value));
+        }
+    })?;
+    result
+}
+
+fn array<T: Pod>(
+    map: &SharedArray<T>,
+    emit: Emit<'_>,
+    describe: impl Fn(u32, T) -> Value,
+) -> io::Result<()> {
+    (0..map.len())
+        .map(|index| (index, map.read(index)))
+        .filter(|(_, value)| !is_zero(value))
+        .try_for_each(|(index, value)| emit(describe(index, value)))
+}
+
+fn counters<V: Pod + AddAssign>(
+    map: &PerCpuArray<V>,
+    emit: Emit<'_>,
+    describe: impl Fn(u32, V) -> Value,
+) -> io::Result<()> {
+    (0..)
+        .zip(map.sums()?)
+        .filter(|(_, value)| !is_zero(value))
+        .try_for_each(|(index, value)| emit(describe(index, value)))
+}
+
+fn address_filter(map: &SharedArray<u64>, emit: Emit<'_>) -> io::Result<()> {
+    for lane in 0..filter::LANES {
+        let (element, shift) = filter::place(lane);
+        let bits = (map.read(element) >> shift) as u8;
+        if bits != 0 {
+            emit(json!({
+                "lane": lane,
+                "vip": bits & filter::LANE_VIP != 0,
+                "nat_source": bits & filter::LANE_NAT_SOURCE != 0,
+            }))?;
+        }
+    }
+    Ok(())
+}
+
+fn ip<A: Address>(address: A) -> IpAddr {
+    addr::to_ip(A::FAMILY, &address.widen())
+}
+
+fn port(network_order: u16) -> u16 {
+    u16::from_be(network_order)
+}
+
+fn protocol(number: u32) -> String {
+    match number {
+        6 => "tcp".to_owned(),
+        17 => "udp".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn mac(bytes: &[u8]) -> String {
+    let hex: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    hex.join(":")
+}
+
+/// Ethernet destination and source of a header's twelve bytes.
+fn macs(l2: &[u32; 3]) -> (String, String) {
+    let bytes: &[u8] = bytemuck::cast_slice(l2);
+    (mac(&bytes[..6]), mac(&bytes[6..]))
+}
+
+fn vip<A: Address>(address: &A, vip: &Vip) -> Value {
+    json!({"address": ip(*address), "answer_arp": vip.flags & VIP_ANSWER_ARP != 0})
+}
+
+fn service_key<A: Address>(key: &ServiceKey<A>, service: &u32) -> Value {
+    json!({
+        "address": ip(key.vip),
+        "port": port(key.port),
+        "protocol": protocol(key.protocol.into()),
+        "service": service,
+    })
+}
+
+fn service(index: u32, service: Service) -> Value {
+    let (first, slots) = Service::unpack_table(service.table);
+    json!({
+        "service": index,
+        "first_slot": first,
+        "slots": slots,
+        "connect_timeout_ticks": service.connect_timeout,
+        "forward": name_of(names::FORWARD, service.forward),
+        "scheduler": name_of(names::SCHEDULER, service.scheduler),
+        "on_no_backend": name_of(names::ON_NO_BACKEND, service.on_no_backend),
+        "on_backend_down": name_of(names::ON_BACKEND_DOWN, service.on_backend_down),
+    })
+}
+
+fn backend(index: u32, backend: Backend) -> Value {
+    let (destination, source) = macs(&backend.l2);
+    json!({
+        "backend": index,
+        "service": backend.service,
+        "address": addr::to_ip(backend.family, &backend.addr),
+        "port": port(backend.port),
+        "nat_source": addr::to_ip(backend.family, &backend.source),
+        "next_hop": destination,
+        "source_mac": source,
+        "ifindex": backend.ifindex,
+        "generation": backend.generation,
+        "resolved": backend.flags & BACKEND_RESOLVED != 0,
+        "alive": backend.flags & BACKEND_ALIVE != 0,
+    })
+}
+
+fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
+    let mut value = json!({
+        "protocol": protocol(key.protocol),
+        "source": ip(key.src),
+        "source_port": port(key.sport),
+        "destination": ip(key.dst),
+        "destination_port": port(key.dport),
+        "to_source": ip(flow.src),
+        "to_source_port": port(flow.sport),
+        "to_destination": ip(flow.dst),
+        "to_destination_port": port(flow.dport),
+        "service": flow.service,
+        "backend": flow.backend,
+        "generation": flow.generation,
+        "created_tick": flow.created,
+        "last_seen_tick": flow.last_seen,
+    });
+    if flow.direction == DIRECTION_CLIENT {
+        value["direction"] = "client".into();
+        value["state"] = name_of(names::STATE, flow.state).into();
+    } else {
+        let (destination, source) = macs(&flow.l2);
+        value["direction"] = "backend".into();
+        value["next_hop"] = destination.into();
+        value["source_mac"] = source.into();
+        value["ifindex"] = flow.ifindex.into();
+    }
+    value
+}
+
+fn stats(what: &str, index: u32, counters: Counters) -> Value {
+    json!({
+        what: index,
+        "connections": counters.connections,
+        "packets_in": counters.packets_in,
+        "bytes_in": counters.bytes_in,
+        "packets_out": counters.packets_out,
+        "bytes_out": counters.bytes_out,
+        "drops": counters.drops,
+    })
+}

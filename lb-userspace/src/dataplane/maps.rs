@@ -1,0 +1,155 @@
+//! The maps of the data plane, each with its types.
+
+use super::{
+    bpf,
+    map::{HashMap, PerCpuArray, Redirect, SharedArray, is_zero},
+};
+use crate::api::types::MapStatus;
+use anyhow::{Context as _, Result};
+use bytemuck::Pod;
+use lb_common::{
+    abi::Settings,
+    backend::{Backend, Load, Slot},
+    flow::{Flow, FlowKey},
+    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    stats::Counters,
+};
+use std::{
+    io,
+    ops::AddAssign,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+/// An IPv6 address as a key: see [`lb_common::addr::Address`].
+type V6 = [u32; 4];
+
+macro_rules! maps {
+    ($($(#[$doc:meta])* $name:ident: $type:ty),+ $(,)?) => {
+        /// Every map that outlives the daemon, open and checked.
+        ///
+        /// `docs/architecture.md` says who writes which.
+        #[derive(Debug)]
+        pub struct Maps {
+            $($(#[$doc])* pub $name: $type),+
+        }
+
+        /// The names of the maps that are pinned. The object may have others, which belong to one
+        /// loaded program and go with it.
+        pub const NAMES: &[&str] = &[$(stringify!($name)),+];
+
+        impl Maps {
+            /// Takes the descriptors that `fd` gives for each name.
+            pub(super) fn from_fds(mut fd: impl FnMut(&str) -> Result<OwnedFd>) -> Result<Self> {
+                Ok(Self {
+                    $($name: {
+                        let name = stringify!($name);
+                        <$type>::from_fd(fd(name)?).with_context(|| format!("map {name}"))?
+                    }),+
+                })
+            }
+
+            /// The descriptor of every map, by its name.
+            pub(super) fn fds(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+                vec![$((stringify!($name), self.$name.as_fd())),+]
+            }
+
+            /// How full each map is.
+            pub fn status(&self) -> io::Result<Vec<MapStatus>> {
+                Ok(vec![$(MapStatus {
+                    name: stringify!($name).to_owned(),
+                    entries: self.$name.entries()?,
+                    max_entries: self.$name.max_entries().into(),
+                }),+])
+            }
+        }
+    };
+}
+
+maps! {
+    /// What is common to all packets, and the ABI version.
+    settings: SharedArray<Settings>,
+    /// Lanes by a hash of the destination address: see [`lb_common::filter`].
+    address_filter: SharedArray<u64>,
+    /// IPv4 VIPs.
+    vips4: HashMap<u32, Vip>,
+    /// IPv6 VIPs.
+    vips6: HashMap<V6, Vip>,
+    /// Number of an IPv4 service.
+    services4: HashMap<ServiceKey<u32>, u32>,
+    /// Number of an IPv6 service.
+    services6: HashMap<ServiceKey<V6>, u32>,
+    /// Services by number.
+    services: SharedArray<Service>,
+    /// Backends by number.
+    backends: SharedArray<Backend>,
+    /// Selection tables, one after the other.
+    slots: SharedArray<Slot>,
+    /// Round-robin positions by service number.
+    cursors: SharedArray<Cursor>,
+    /// IPv4 flows.
+    flows4: HashMap<FlowKey<u32>, Flow<u32>>,
+    /// IPv6 flows.
+    flows6: HashMap<FlowKey<V6>, Flow<V6>>,
+    /// Live connections by backend number.
+    backend_load: SharedArray<Load>,
+    /// Counters by service number.
+    service_stats: PerCpuArray<Counters>,
+    /// Counters by backend number.
+    backend_stats: PerCpuArray<Counters>,
+    /// Packets by [`lb_common::stats::DropReason`].
+    drops: PerCpuArray<u64>,
+    /// Attached interfaces by index.
+    interfaces: HashMap<u32, Interface>,
+    /// Interfaces that packets may be sent on.
+    redirects: HashMap<u32, Redirect>,
+}
+
+impl Maps {
+    /// Opens the maps pinned in `pins`, without the lock: for looking, beside a daemon or without
+    /// one.
+    pub fn open(pins: &Path) -> Result<Self> {
+        Self::from_fds(|name| {
+            let path = pins.join(name);
+            bpf::open_pin(&path).with_context(|| path.display().to_string())
+        })
+    }
+}
+
+/// How full a map is. An element of an array counts when it is not all zero.
+trait Fill {
+    fn entries(&self) -> io::Result<u64>;
+    fn max_entries(&self) -> u32;
+}
+
+impl<K: Pod, V: Pod> Fill for HashMap<K, V> {
+    fn entries(&self) -> io::Result<u64> {
+        self.len()
+    }
+
+    fn max_entries(&self) -> u32 {
+        self.max_entries()
+    }
+}
+
+impl<T: Pod> Fill for SharedArray<T> {
+    fn entries(&self) -> io::Result<u64> {
+        let used = (0..self.len()).filter(|i| !is_zero(&self.read(*i)));
+        Ok(used.count() as u64)
+    }
+
+    fn max_entries(&self) -> u32 {
+        self.len()
+    }
+}
+
+impl<V: Pod + AddAssign> Fill for PerCpuArray<V> {
+    fn entries(&self) -> io::Result<u64> {
+        let sums = self.sums()?;
+        Ok(sums.iter().filter(|sum| !is_zero(*sum)).count() as u64)
+    }
+
+    fn max_entries(&self) -> u32 {
+        self.len()
+    }
+}

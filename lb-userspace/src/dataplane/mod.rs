@@ -1,0 +1,22 @@
+//! The data plane seen from the user side: loads, pins, adopts and attaches it, and gives its maps
+//! types.
+//!
+//! The only user of aya and of the `bpf` system call. `docs/pins.md` and `docs/attach.md` say what
+//! it promises.
+
+mod attach;
+pub mod bpf;
+mod dump;
+mod load;
+mod map;
+mod maps;
+mod pins;
+
+pub use attach::{
+    Attached, Mode, OwnedLink, XdpState, attach_stub, interface_index, interface_name, xdp_state,
+};
+pub use dump::{dump, list};
+pub use load::Dataplane;
+pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
+pub use maps::{Maps, NAMES};
+pub use pins::detach;
