@@ -488,4 +488,19 @@ mod tests {
         assert_eq!(effective_capabilities(status), Some(0x1ff_ffff_ffff));
         assert_eq!(effective_capabilities("Name:\tx\n"), None);
     }
+
+    #[test]
+    fn every_map_of_the_object_is_known() {
+        // Work space belongs to one loaded program; names with a dot are the compiler's.
+        let private = ["scratch", "work4", "work6"];
+        for name in object.maps.keys().map(String::as_str) {
+            assert!(
+                NAMES.contains(&name) || private.contains(&name) || name.starts_with('.'),
+                "map {name} would not be pinned"
+            );
+        }
+        for name in NAMES {
+            assert!(object.maps.contains_key(*name), "no map {name}");
+        }
+    }
 }

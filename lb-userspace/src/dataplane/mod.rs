@@ -20,3 +20,6 @@ pub use load::Dataplane;
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
 pub use maps::{Maps, NAMES};
 pub use pins::detach;
+
+#[cfg(test)]
+mod tests;
