@@ -9,3 +9,4 @@ pub mod health;
 pub mod metrics;
 pub mod model;
 pub mod neigh;
+pub mod scheduler;

@@ -460,6 +460,27 @@ fn limits_must_have_room_for_what_is_configured() {
         "lb.toml:13: limits: backends = 1 is too small for 2 backends; write backends = 2 or more"
     );
     assert!(small("backends = 2\nservices = 1").is_ok());
+    assert_eq!(
+        small("slots = 300").unwrap_err(),
+        "lb.toml:13: limits: slots = 300 is too small for the selection tables of all services \
+         and the replacement of one; write slots = 502 or more"
+    );
+    assert!(small("slots = 502").is_ok());
+}
+
+#[test]
+fn weights_that_no_table_can_hold_are_refused() {
+    let mut service = String::from("scheduler = \"round-robin\"\n");
+    for number in 1..=40 {
+        let weight = 65_536 - number;
+        service +=
+            &format!("[[service.backend]]\naddress = \"10.0.0.{number}\"\nweight = {weight}\n");
+    }
+    assert_eq!(
+        service_error(&service),
+        "lb.toml:4: service \"web\": the weights make a round-robin sequence of 2620620 slots, \
+         more than 1048576; use smaller weights, or weights with a common divisor"
+    );
 }
 
 #[test]

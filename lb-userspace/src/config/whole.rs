@@ -1,5 +1,7 @@
 //! What only the whole file tells: duplicates, and whether everything has room.
 
+use crate::scheduler;
+
 use super::{Error, Limits, Service, read::Section, service::Placed};
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -129,6 +131,22 @@ fn room(
     if count > u64::from(limits.backends) {
         let what = format!("{count} backends");
         return Err(too_small("backends", limits.backends, count, &what));
+    }
+    let mut total = 0;
+    let mut largest = 0;
+    for placed in services {
+        let service = &placed.service;
+        let weights: Vec<u32> = service.backends.iter().map(|b| b.weight).collect();
+        let slots = scheduler::slots(service.scheduler, &weights)
+            .map_err(|error| refuse(root, service, placed.name, &error.to_string()))?;
+        total += u64::from(slots);
+        largest = largest.max(u64::from(slots));
+    }
+    // A new table is written while the old one is still in use.
+    let needed = total + largest;
+    if needed > u64::from(limits.slots) {
+        let what = "the selection tables of all services and the replacement of one";
+        return Err(too_small("slots", limits.slots, needed, what));
     }
     Ok(())
 }
