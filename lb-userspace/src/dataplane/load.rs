@@ -491,6 +491,7 @@ mod tests {
 
     #[test]
     fn every_map_of_the_object_is_known() {
+        let object = aya_obj::Object::parse(OBJECT).unwrap();
         // Work space belongs to one loaded program; names with a dot are the compiler's.
         let private = ["scratch", "work4", "work6"];
         for name in object.maps.keys().map(String::as_str) {
