@@ -297,6 +297,37 @@ fn manual_pages_are_written_where_asked() {
 }
 
 #[test]
+fn a_configuration_is_judged_without_a_daemon() {
+    let directory = Directory::new();
+    let file = directory.file("sluice.toml");
+    let shown = file.to_str().unwrap();
+    let text = "\
+        [daemon]\n\
+        interfaces = [\"eth0\"]\n\
+        [[service]]\n\
+        name = \"web\"\n\
+        listen = \"198.51.100.10:80\"\n\
+        protocol = \"tcp\"\n\
+        [[service.backend]]\n\
+        address = \"10.0.0.11:3001\"\n";
+    fs::write(&file, text).unwrap();
+    let judgement = prints(sluice(&["config", "check", shown]));
+    assert_eq!(judgement, format!("{shown}: ok, 1 service, 1 backend\n"));
+
+    fs::write(&file, text.replace("protocol", "protokol")).unwrap();
+    let error = fails(sluice(&["config", "check", shown]));
+    let place = format!("sluice: {shown}:6: ");
+    assert!(
+        error.starts_with(&place) && error.contains("protocol"),
+        "{error}"
+    );
+
+    fs::remove_file(&file).unwrap();
+    let error = fails(sluice(&["config", "check", shown]));
+    assert!(error.starts_with(&format!("sluice: {shown}: ")), "{error}");
+}
+
+#[test]
 fn listings_come_from_the_daemon() {
     let daemon = Daemon::start(2);
     let text = prints(daemon.sluice(&["service", "list"]));

@@ -22,6 +22,13 @@ use tokio::net::UnixStream;
 /// How long the daemon may take for an answer. Listing a flow table of millions takes seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// No daemon listens on the control socket; anything else that fails is another error.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("no daemon answers on {}; start it with: sudo sluice run --config FILE", socket.display())]
+pub struct NoDaemon {
+    socket: PathBuf,
+}
+
 /// Speaks to the daemon behind one control socket.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -124,9 +131,10 @@ impl Client {
         UnixStream::connect(&self.socket)
             .await
             .map_err(|error| match error.kind() {
-                ErrorKind::NotFound | ErrorKind::ConnectionRefused => anyhow!(
-                    "no daemon answers on {socket}; start it with: sudo sluice run --config FILE"
-                ),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused => NoDaemon {
+                    socket: self.socket.clone(),
+                }
+                .into(),
                 ErrorKind::PermissionDenied => {
                     anyhow!("{socket}: permission denied; run the command with sudo")
                 }

@@ -9,9 +9,6 @@ pub(crate) mod sample;
 pub mod server;
 pub mod types;
 
-/// The control socket, unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "/run/sluice/control.sock";
-
 /// What the server asks of the daemon.
 ///
 /// Services reach these methods by their name: the server has already translated
@@ -100,7 +97,7 @@ impl From<anyhow::Error> for Failure {
 pub struct ConnectionFilter {
     /// Name of the service.
     pub service: Option<String>,
-    /// Name or `address:port` of the backend.
+    /// Name or `address:port` of the backend, as [`types::Backend`] has them.
     pub backend: Option<String>,
     /// Where the client is.
     pub client: Option<ClientFilter>,

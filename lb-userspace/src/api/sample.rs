@@ -129,6 +129,7 @@ pub(crate) fn status() -> types::Status {
         pid: 4711,
         uptime: 3725.0,
         config: "/etc/sluice/sluice.toml".into(),
+        pin_path: "/sys/fs/bpf/sluice".into(),
         reload_error: None,
         adopted: true,
         interfaces: vec![types::InterfaceStatus {

@@ -1,7 +1,10 @@
 //! The server: the same routes on the control socket and, for reading only, on TCP.
 
 use super::{ClientFilter, ConnectionFilter, Control, Failure, Reply, types};
-use crate::metrics;
+use crate::{
+    config::{BackendSelector, SelectError, ServiceSelector},
+    metrics,
+};
 use anyhow::{Context as _, Result, bail};
 use axum::{
     Json, Router,
@@ -369,28 +372,50 @@ async fn wrong_method(request: Request) -> Failure {
 const LISTED: usize = 20;
 
 fn find_service(services: Vec<types::Service>, wanted: &str) -> Reply<types::Service> {
-    let is_wanted = |service: &&types::Service| {
-        service.name == wanted || format!("{}/{}", service.listen, service.protocol) == wanted
+    let selector: ServiceSelector = wanted
+        .parse()
+        .map_err(|error: SelectError| Failure::bad_request(error.to_string()))?;
+    let is_wanted = |service: &types::Service| match &selector {
+        ServiceSelector::Name(name) => *name == service.name,
+        ServiceSelector::Listener(address, protocol) => {
+            service.listen.parse() == Ok(*address) && service.protocol == protocol.name()
+        }
     };
-    if let Some(service) = services.iter().find(is_wanted) {
-        return Ok(service.clone());
-    }
     let mut known: Vec<_> = services
         .iter()
         .take(LISTED)
-        .map(|s| s.name.as_str())
+        .map(|s| s.name.clone())
         .collect();
     if services.len() > LISTED {
-        known.push("...");
+        known.push("...".to_owned());
     }
-    Err(Failure::not_found(if known.is_empty() {
-        format!("service {wanted:?}: no service is configured")
-    } else {
-        format!(
-            "service {wanted:?}: not configured; known: {}",
-            known.join(", ")
-        )
-    }))
+    services.into_iter().find(is_wanted).ok_or_else(|| {
+        Failure::not_found(if known.is_empty() {
+            format!("service {wanted:?}: no service is configured")
+        } else {
+            format!(
+                "service {wanted:?}: not configured; known: {}",
+                known.join(", ")
+            )
+        })
+    })
+}
+
+/// Translates what an operator calls a backend to the name or the address it is listed with.
+fn find_backend(backends: &[types::Backend], service: Option<&str>, wanted: &str) -> Reply<String> {
+    let selector = BackendSelector::from(wanted);
+    let found = backends.iter().find_map(|backend| match &selector {
+        BackendSelector::Name(name) => (*name == backend.name).then_some(&backend.name),
+        BackendSelector::Address(address) => {
+            (backend.address.parse() == Ok(*address)).then_some(&backend.address)
+        }
+    });
+    found.cloned().ok_or_else(|| {
+        let of = service.map_or("any service".to_owned(), |name| format!("service {name:?}"));
+        Failure::not_found(format!(
+            "backend {wanted:?}: not one of {of}; list them with: sluice backend list"
+        ))
+    })
 }
 
 /// Translates what an operator calls a service to its name.
@@ -409,21 +434,16 @@ async fn connection_filter<C: Control>(
     let client = client.transpose().map_err(Failure::bad_request)?;
     let state = query.state.map(|text| state_number(&text)).transpose()?;
     let service = service_name(control, query.service).await?;
-    if let Some(wanted) = &query.backend {
-        let backends = control.backends(service.clone()).await?;
-        if !backends
-            .iter()
-            .any(|backend| backend.name == *wanted || backend.address == *wanted)
-        {
-            let of = service.map_or("any service".to_owned(), |name| format!("service {name:?}"));
-            return Err(Failure::not_found(format!(
-                "backend {wanted:?}: not one of {of}; list them with: sluice backend list"
-            )));
+    let backend = match query.backend {
+        Some(wanted) => {
+            let backends = control.backends(service.clone()).await?;
+            Some(find_backend(&backends, service.as_deref(), &wanted)?)
         }
-    }
+        None => None,
+    };
     Ok(ConnectionFilter {
         service,
-        backend: query.backend,
+        backend,
         client,
         state,
         limit: query.limit,
@@ -570,6 +590,7 @@ mod tests {
             ("198.51.100.10:80/tcp", "web"),
             ("dns", "dns"),
             ("[2001:db8::53]:53/udp", "dns"),
+            ("[2001:0db8:0:0::53]:53/udp", "dns"),
         ] {
             assert_eq!(client.service(wanted).await.unwrap().name, name);
             let backends = client.backends(Some(wanted)).await.unwrap();
@@ -578,12 +599,7 @@ mod tests {
                 "{wanted}"
             );
         }
-        for unknown in [
-            "mail",
-            "198.51.100.10:80/udp",
-            "198.51.100.10:80",
-            "we b/%&?#",
-        ] {
+        for unknown in ["mail", "198.51.100.10:80/udp", "we b/%&?#"] {
             let expected = format!("service {unknown:?}: not configured; known: web, dns");
             let error = client.service(unknown).await.unwrap_err();
             assert_eq!(error.to_string(), expected);
@@ -613,6 +629,7 @@ mod tests {
             ("service", "198.51.100.10:80/tcp"),
             ("backend", "app1"),
             ("backend", "10.0.0.11:3001"),
+            ("client", "203.0.113.7:51234"),
             ("client", "203.0.113.0/24"),
             ("state", "established"),
         ] {
@@ -626,6 +643,7 @@ mod tests {
         }
         for (key, value, remedy) in [
             ("service", "mail", "known: web, dns"),
+            ("service", "198.51.100.10:80", "write 198.51.100.10:80/tcp"),
             ("backend", "app9", "sluice backend list"),
             ("client", "nobody", "192.0.2.0/24"),
             ("state", "open", "known: UDP, SYN_SENT"),

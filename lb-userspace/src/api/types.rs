@@ -145,6 +145,8 @@ pub struct Status {
     pub uptime: f64,
     /// The configuration file in force.
     pub config: String,
+    /// Directory of the pinned maps, programs and links.
+    pub pin_path: String,
     /// Why the last reload was refused, if it was; the configuration before it is in force.
     pub reload_error: Option<String>,
     /// Whether the data plane of an earlier daemon was taken over.

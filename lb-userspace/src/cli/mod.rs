@@ -3,7 +3,7 @@
 //! A command returns the text it prints. Exit status: 0 done, 1 refused or failed (one line on
 //! standard error), 2 wrong usage.
 
-use crate::api::{self, client::Client};
+use crate::{api::client::Client, config::Daemon};
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use std::{
@@ -16,6 +16,7 @@ use std::{
 };
 
 mod backend;
+mod config;
 mod conn;
 mod demo;
 mod generate;
@@ -30,6 +31,7 @@ mod stop;
 #[command(name = "sluice", version, arg_required_else_help = true)]
 #[command(after_help = "\
 Examples:
+  sluice config check /etc/sluice/sluice.toml
   sluice backend list web
   sluice stats --rate
   sluice conn list --client 192.0.2.0/24 -o json
@@ -37,10 +39,9 @@ Examples:
 A service is addressed by its name or by VIP:port/protocol, such as 198.51.100.10:80/tcp.
 Exit status: 0 done, 1 refused or failed, 2 wrong usage.")]
 struct Cli {
-    /// Control socket of the daemon.
+    /// Control socket of the daemon [default: /run/sluice/control.sock].
     #[arg(long, global = true, value_name = "PATH", env = "SLUICE_SOCKET")]
-    #[arg(default_value = api::DEFAULT_SOCKET)]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -49,6 +50,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Stop(stop::Args),
+    #[command(subcommand)]
+    Config(config::Command),
     #[command(subcommand)]
     Service(service::Command),
     #[command(subcommand)]
@@ -88,7 +91,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<String> {
     let context = Context {
-        client: Client::new(cli.socket),
+        client: Client::new(cli.socket.unwrap_or_else(|| Daemon::SOCKET.into())),
         colour: wants_colour(
             io::stdout().is_terminal(),
             std::env::var_os("NO_COLOR").as_deref(),
@@ -97,6 +100,7 @@ fn run(cli: Cli) -> Result<String> {
     };
     match cli.command {
         Command::Stop(args) => wait(args.run(&context)),
+        Command::Config(command) => command.run(),
         Command::Service(command) => wait(command.run(&context)),
         Command::Backend(command) => wait(command.run(&context)),
         Command::Conn(command) => wait(command.run(&context)),
@@ -154,6 +158,20 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_help_names_the_default_socket() {
+        let command = Cli::command();
+        let socket = command
+            .get_arguments()
+            .find(|a| a.get_id() == "socket")
+            .unwrap();
+        let help = socket.get_help().unwrap().to_string();
+        assert!(
+            help.contains(&format!("[default: {}]", Daemon::SOCKET)),
+            "{help}"
+        );
     }
 
     #[test]
