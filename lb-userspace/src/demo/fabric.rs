@@ -22,6 +22,7 @@ use futures_util::TryStreamExt;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netns::Namespace;
+use crate::dataplane::{OwnedLink, attach_stub};
 
 /// Where the client is.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 10);
@@ -47,55 +48,53 @@ pub const BACKENDS: [(&str, SocketAddrV4); 3] = [
 /// The one interface of every node.
 pub const INTERFACE: &str = "eth0";
 /// The bridge's port to the balancer.
-pub const BALANCER_PORT: &str = "balancer";
+const PORT: &str = "balancer";
 const PREFIX: u8 = 24;
 
 /// The namespaces, wired and addressed.
 pub struct Fabric {
     /// Holds the bridge.
-    pub bridge: Namespace,
+    _bridge: Namespace,
     /// Holds the client.
     pub client: Namespace,
     /// Holds the daemon.
     pub balancer: Namespace,
     /// One for each of [`BACKENDS`].
     pub backends: [Namespace; 3],
+    /// The program on the bridge's port to the balancer: a veth delivers what XDP sends back only
+    /// if its peer runs XDP as well. The namespaces are dropped first; the link goes with them.
+    _stub: OwnedLink,
 }
 
 impl Fabric {
     /// Makes all of it.
     pub async fn new() -> Result<Self> {
-        let fabric = Self {
-            bridge: Namespace::new()?,
-            client: Namespace::new()?,
-            balancer: Namespace::new()?,
-            backends: [Namespace::new()?, Namespace::new()?, Namespace::new()?],
-        };
-        let nodes = fabric.nodes();
-        let ports = nodes
+        let [bridge, client, balancer] = [Namespace::new()?, Namespace::new()?, Namespace::new()?];
+        let backends = [Namespace::new()?, Namespace::new()?, Namespace::new()?];
+        let mut nodes = vec![("client", CLIENT, &client), (PORT, BALANCER, &balancer)];
+        for ((name, address), node) in BACKENDS.iter().zip(&backends) {
+            nodes.push((name, *address.ip(), node));
+        }
+        let ends = nodes
             .iter()
             .map(|&(name, _, node)| Ok((name, node.as_fd().try_clone_to_owned()?)))
             .collect::<Result<Vec<_>>>()?;
-        fabric
-            .bridge
-            .run("fabric", async || connect(ports).await)
-            .await?;
+        let connected = bridge.run("fabric", async || {
+            connect(ends).await?;
+            attach_stub(PORT)
+        });
+        let stub = connected.await?;
         for (name, address, node) in nodes {
             node.run(name, async move || configure(name, address).await)
                 .await?;
         }
-        Ok(fabric)
-    }
-
-    fn nodes(&self) -> Vec<(&'static str, Ipv4Addr, &Namespace)> {
-        let mut nodes = vec![
-            ("client", CLIENT, &self.client),
-            (BALANCER_PORT, BALANCER, &self.balancer),
-        ];
-        for ((name, address), node) in BACKENDS.iter().zip(&self.backends) {
-            nodes.push((name, *address.ip(), node));
-        }
-        nodes
+        Ok(Self {
+            _bridge: bridge,
+            client,
+            balancer,
+            backends,
+            _stub: stub,
+        })
     }
 }
 

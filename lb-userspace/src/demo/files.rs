@@ -96,7 +96,7 @@ path = "/health"
 interval = "100ms"
 timeout = "100ms"
 rise = 2
-fall = 2
+fall = 3
 "#
     );
     for ((name, address), weight) in BACKENDS.iter().zip(weights) {

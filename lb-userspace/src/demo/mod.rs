@@ -177,7 +177,7 @@ impl Demo {
             first.port(),
         ));
         self.report.line(format_args!(
-            "service {SERVICE}: {VIP}/tcp, full NAT, round robin, HTTP checks every 100 ms, two failures are a death"
+            "service {SERVICE}: {VIP}/tcp, full NAT, round robin, HTTP checks every 100 ms, three failures are a death"
         ));
         Ok(())
     }
