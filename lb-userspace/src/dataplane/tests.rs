@@ -778,3 +778,22 @@ fn maps_are_dumped_by_field() {
     let refused = format!("{:#}", list(Path::new("/sys/fs/bpf/slc-none")).unwrap_err());
     assert!(refused.contains("no data plane in"), "{refused}");
 }
+
+#[test]
+fn packets_run_through_the_program_without_an_interface() {
+    if !root() {
+        return;
+    }
+    let dataplane = Dataplane::load_unpinned(&LIMITS, settings()).unwrap();
+    // An Ethernet frame of no protocol the balancer knows.
+    let mut frame = [0u8; 64];
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+    let run = dataplane.test_run(&frame, 0, 1).unwrap();
+    assert_eq!(run.verdict, 2, "XDP_PASS");
+    assert_eq!(run.data, frame);
+    let run = dataplane.test_run(&frame, 1, 1).unwrap();
+    assert_eq!(
+        run.verdict, 2,
+        "XDP_PASS, come in on the loopback interface"
+    );
+}
