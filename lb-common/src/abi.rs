@@ -25,11 +25,13 @@ pub const fn ticks_from_ns(ns: u64) -> u32 {
     (ns >> 20) as u32
 }
 
-/// Ticks that have passed from `earlier` to `now`, across a wrap of the counter.
+/// Ticks that have passed from `earlier` to `now`, across a wrap of the counter; 0 if `earlier`
+/// is the later one, as it may be when another CPU has just written it. Good for 26 days.
 #[inline(always)]
 #[must_use]
 pub const fn ticks_since(now: u32, earlier: u32) -> u32 {
-    now.wrapping_sub(earlier)
+    let passed = now.wrapping_sub(earlier);
+    if passed > u32::MAX / 2 { 0 } else { passed }
 }
 
 /// The one record of map `settings`: what is common to all packets.
@@ -51,3 +53,15 @@ pub struct Settings {
 }
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_wrap_and_never_run_backwards() {
+        assert_eq!(ticks_since(7, 5), 2);
+        assert_eq!(ticks_since(1, u32::MAX), 2);
+        assert_eq!(ticks_since(5, 6), 0);
+    }
+}

@@ -1,0 +1,355 @@
+//! The flow tables from the user side: idle flows end, counts stay true, operators look.
+//!
+//! The data plane begins flows and follows their state; it never looks for what has gone quiet.
+//! [`Flows::sweep`] does, in one pass over each table: it removes flows that were silent for as
+//! long as their state allows, and the second entry of flows whose first was evicted, and
+//! compares the number of flows it saw with the number the data plane counts.
+
+use crate::dataplane::{HashMap, Maps, SharedArray};
+use anyhow::Result;
+use lb_common::{
+    abi::ticks_since,
+    addr::{Address, to_ip},
+    backend::{Backend, Load},
+    flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+};
+use std::{
+    collections::HashMap as StdHashMap,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd as _,
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+/// Nanoseconds in one tick.
+const TICK_NS: u64 = 1 << 20;
+
+/// The data plane's clock now.
+#[must_use]
+pub fn now() -> u32 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel writes to a timespec of ours. CLOCK_MONOTONIC always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    let ns = time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs();
+    lb_common::abi::ticks_from_ns(ns)
+}
+
+/// A time span in ticks, rounded up; a span that the clock cannot hold becomes the longest it can.
+#[must_use]
+pub fn ticks(span: Duration) -> u32 {
+    let ticks = span.as_nanos().div_ceil(u128::from(TICK_NS));
+    u32::try_from(ticks).unwrap_or(u32::MAX).min(u32::MAX / 2)
+}
+
+/// Ticks in seconds.
+#[must_use]
+pub fn seconds(ticks: u32) -> f64 {
+    f64::from(ticks) * TICK_NS as f64 / 1e9
+}
+
+/// How long a TCP flow may be silent while it is opened.
+const OPENING: Duration = Duration::from_secs(60);
+/// How long it may be silent when one side has sent FIN. As IPVS.
+const CLOSING: Duration = Duration::from_secs(120);
+/// How long it is kept when both have, for what is repeated.
+const TIME_WAIT: Duration = Duration::from_secs(20);
+/// How long it is kept after RST. As IPVS.
+const CLOSED: Duration = Duration::from_secs(10);
+
+/// How long a flow in `state` may be silent, in ticks; `idle` is for established ones.
+fn patience(state: u8, idle: u32) -> u32 {
+    match state {
+        state::SYN_SENT | state::SYN_RECEIVED => ticks(OPENING),
+        state::FIN_CLIENT | state::FIN_BACKEND => ticks(CLOSING),
+        state::TIME_WAIT => ticks(TIME_WAIT),
+        state::CLOSED => ticks(CLOSED),
+        _ => idle,
+    }
+}
+
+/// What the sweep must know of each service.
+#[derive(Clone, Debug, Default)]
+pub struct Timeouts {
+    /// Ticks an established flow may be silent, by service number; flows of others have no service
+    /// any more and are removed.
+    pub idle: StdHashMap<u32, u32>,
+}
+
+/// What a sweep found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sweep {
+    /// Flows seen, both entries counted once.
+    pub flows: u64,
+    /// Flows that were silent for too long.
+    pub expired: u64,
+    /// Entries whose other half, service or backend was gone.
+    pub orphans: u64,
+    /// Connections by which the counts were wrong, and are not any more.
+    pub drift: u64,
+}
+
+/// A client's flow as an operator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// One of [`state`].
+    pub state: u8,
+    /// Client.
+    pub client: SocketAddr,
+    /// VIP.
+    pub vip: SocketAddr,
+    /// The balancer's address towards the backend.
+    pub nat_source: SocketAddr,
+    /// Backend.
+    pub backend: SocketAddr,
+    /// Backend's number.
+    pub backend_number: u32,
+    /// Service's number.
+    pub service_number: u32,
+    /// Ticks since a packet was last noted in either direction.
+    pub silent: u32,
+}
+
+impl Connection {
+    /// Ticks until it expires.
+    #[must_use]
+    pub fn expires(&self, idle: u32) -> u32 {
+        patience(self.state, idle).saturating_sub(self.silent)
+    }
+}
+
+/// The flow tables, through descriptors of their own.
+#[derive(Debug)]
+pub struct Flows {
+    flows4: HashMap<FlowKey<u32>, Flow<u32>>,
+    flows6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
+    backends: SharedArray<Backend>,
+    load: SharedArray<Load>,
+    /// By how much the counts of each backend were wrong in the sweep before.
+    drift: StdHashMap<u32, [i64; 2]>,
+}
+
+impl Flows {
+    /// The flow tables of `maps`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no second descriptor.
+    pub fn new(maps: &Maps) -> Result<Self> {
+        Ok(Self {
+            flows4: HashMap::from_fd(maps.flows4.as_fd().try_clone_to_owned()?)?,
+            flows6: HashMap::from_fd(maps.flows6.as_fd().try_clone_to_owned()?)?,
+            backends: SharedArray::from_fd(maps.backends.as_fd().try_clone_to_owned()?)?,
+            load: SharedArray::from_fd(maps.backend_load.as_fd().try_clone_to_owned()?)?,
+            drift: StdHashMap::new(),
+        })
+    }
+
+    /// Removes what is over, and corrects the counts. Takes time in proportion to the number of
+    /// flows.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses to list or remove entries.
+    pub fn sweep(&mut self, timeouts: &Timeouts) -> Result<Sweep> {
+        let mut sweep = Sweep::default();
+        let mut counts = StdHashMap::new();
+        self.sweep_table(&self.flows4, timeouts, &mut sweep, &mut counts)?;
+        self.sweep_table(&self.flows6, timeouts, &mut sweep, &mut counts)?;
+        self.correct(&counts, &mut sweep);
+        Ok(sweep)
+    }
+
+    fn sweep_table<A>(
+        &self,
+        flows: &HashMap<FlowKey<A>, Flow<A>>,
+        timeouts: &Timeouts,
+        sweep: &mut Sweep,
+        counts: &mut StdHashMap<u32, [i64; 2]>,
+    ) -> Result<()>
+    where
+        A: Address,
+        FlowKey<A>: bytemuck::Pod,
+        Flow<A>: bytemuck::Pod,
+    {
+        let now = now();
+        let mut over = Vec::new();
+        let mut halves = Vec::new();
+        flows.iter_batches(|key, flow| {
+            let idle = timeouts.idle.get(&flow.service).copied();
+            let belongs = idle.is_some() && self.belongs(flow);
+            let silent = ticks_since(now, flow.last_seen);
+            if flow.direction == DIRECTION_BACKEND {
+                // Its client's entry ends it. Looked at only if nothing came for longer than that
+                // one can live without it.
+                if !belongs || silent > idle.unwrap_or(0).max(ticks(CLOSING)) {
+                    halves.push((*key, *flow));
+                }
+                return;
+            }
+            sweep.flows += 1;
+            if belongs {
+                let active = usize::from(!state::is_active(flow.state));
+                counts.entry(flow.backend).or_insert([0; 2])[active] += 1;
+            }
+            if !belongs || silent > patience(flow.state, idle.unwrap_or(0)) {
+                over.push((*key, *flow, belongs));
+            }
+        })?;
+        for (key, flow, belongs) in over {
+            let opposite = flow.opposite(key.protocol);
+            if belongs {
+                // A client that only listens is not silent: its backend speaks.
+                let heard = flows.get(&opposite)?.map(|reply| reply.last_seen);
+                let limit = patience(
+                    flow.state,
+                    timeouts.idle.get(&flow.service).copied().unwrap_or(0),
+                );
+                if heard.is_some_and(|heard| ticks_since(now, heard) <= limit) {
+                    continue;
+                }
+            }
+            flows.remove(&opposite)?;
+            if let Some(last) = flows.take(&key)? {
+                if belongs && self.belongs(&last) {
+                    let active = usize::from(!state::is_active(last.state));
+                    self.add(last.backend, active, -1);
+                    counts.entry(last.backend).or_insert([0; 2])[active] -= 1;
+                }
+                if belongs {
+                    sweep.expired += 1;
+                } else {
+                    sweep.orphans += 1;
+                }
+            }
+        }
+        for (key, flow) in halves {
+            if flows.get(&flow.opposite(key.protocol))?.is_none() && flows.remove(&key)? {
+                sweep.orphans += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the flow's backend is still the one it was placed on.
+    fn belongs<A>(&self, flow: &Flow<A>) -> bool {
+        if flow.backend >= self.backends.len() {
+            return false;
+        }
+        let backend = self.backends.read(flow.backend);
+        backend.service == flow.service && backend.generation == flow.generation
+    }
+
+    /// Corrects what has been wrong in two sweeps in a row. One alone proves nothing: the tables
+    /// change while they are read.
+    fn correct(&mut self, counts: &StdHashMap<u32, [i64; 2]>, sweep: &mut Sweep) {
+        let mut drift = StdHashMap::new();
+        for number in 1..self.load.len() {
+            if self.backends.read(number).service == 0 {
+                continue;
+            }
+            let load = self.load.read(number);
+            let seen = counts.get(&number).copied().unwrap_or_default();
+            let mut wrong = [
+                seen[0] - load.active.cast_signed(),
+                seen[1] - load.inactive.cast_signed(),
+            ];
+            if wrong == [0; 2] {
+                continue;
+            }
+            let before = self.drift.get(&number).copied().unwrap_or_default();
+            for (counter, (wrong, before)) in wrong.iter_mut().zip(before).enumerate() {
+                if *wrong * before > 0 {
+                    let step = wrong.signum() * wrong.abs().min(before.abs());
+                    self.add(number, counter, step);
+                    *wrong -= step;
+                    sweep.drift += step.unsigned_abs();
+                }
+            }
+            drift.insert(number, wrong);
+        }
+        self.drift = drift;
+    }
+
+    /// Adds to the active (0) or inactive (1) connections of a backend.
+    fn add(&self, backend: u32, counter: usize, change: i64) {
+        self.load
+            .atomic_u64(backend, counter * 8)
+            .fetch_add(change.cast_unsigned(), Ordering::Relaxed);
+    }
+
+    /// Calls `f` for every client's flow until it returns `false`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses to list the entries.
+    pub fn each(&self, mut f: impl FnMut(&Connection) -> bool) -> Result<()> {
+        if each_of(&self.flows4, &mut f)? {
+            each_of(&self.flows6, &mut f)?;
+        }
+        Ok(())
+    }
+}
+
+fn each_of<A>(
+    flows: &HashMap<FlowKey<A>, Flow<A>>,
+    f: &mut impl FnMut(&Connection) -> bool,
+) -> Result<bool>
+where
+    A: Address,
+    FlowKey<A>: bytemuck::Pod,
+    Flow<A>: bytemuck::Pod,
+{
+    let now = now();
+    let mut go_on = true;
+    flows.iter_batches(|key, flow| {
+        if go_on && flow.direction != DIRECTION_BACKEND {
+            let heard = flows.get(&flow.opposite(key.protocol)).ok().flatten();
+            let silent = ticks_since(now, flow.last_seen)
+                .min(heard.map_or(u32::MAX, |reply| ticks_since(now, reply.last_seen)));
+            go_on = f(&Connection {
+                protocol: key.protocol as u8,
+                state: flow.state,
+                client: address(key.src, key.sport),
+                vip: address(key.dst, key.dport),
+                nat_source: address(flow.src, flow.sport),
+                backend: address(flow.dst, flow.dport),
+                backend_number: flow.backend,
+                service_number: flow.service,
+                silent,
+            });
+        }
+    })?;
+    Ok(go_on)
+}
+
+fn address<A: Address>(address: A, port: u16) -> SocketAddr {
+    let ip: IpAddr = to_ip(A::FAMILY, &address.widen());
+    SocketAddr::new(ip, u16::from_be(port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_become_ticks_and_never_wrap() {
+        assert_eq!(ticks(Duration::from_nanos(TICK_NS)), 1);
+        assert_eq!(ticks(Duration::from_nanos(TICK_NS + 1)), 2);
+        assert_eq!(ticks(Duration::from_secs(1)), 954);
+        assert_eq!(ticks(Duration::MAX), u32::MAX / 2);
+        assert!((seconds(ticks(Duration::from_secs(900))) - 900.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn the_clock_is_the_data_planes() {
+        let before = now();
+        std::thread::sleep(Duration::from_millis(30));
+        let passed = ticks_since(now(), before);
+        assert!((10..10_000).contains(&passed), "{passed}");
+    }
+}

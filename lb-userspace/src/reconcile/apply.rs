@@ -1,0 +1,163 @@
+//! Carries a plan out, and reads what adopted maps hold.
+
+use super::plan::{Found, Op, ServiceId};
+use crate::{config::Protocol, dataplane::Maps};
+use anyhow::{Context as _, Result, ensure};
+use lb_common::{
+    addr::{from_ipv4, from_ipv6},
+    service::{Service, ServiceKey, Vip},
+};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::Ordering,
+};
+
+/// Carries out `ops` in their order. Each is read back.
+///
+/// # Errors
+///
+/// When the kernel refuses one; those before it are done.
+pub fn apply(maps: &Maps, ops: &[Op]) -> Result<()> {
+    for op in ops {
+        step(maps, op).with_context(|| describe(op))?;
+    }
+    Ok(())
+}
+
+fn step(maps: &Maps, op: &Op) -> Result<()> {
+    match op {
+        Op::Lanes { element, value } => {
+            let lanes = maps.address_filter.atomic_u64(*element, 0);
+            lanes.store(*value, Ordering::Release);
+        }
+        Op::ResetService { number } => {
+            maps.service_stats.reset(*number)?;
+            maps.cursors.store(*number, bytemuck::Zeroable::zeroed());
+        }
+        Op::ResetBackend { number } => {
+            maps.backend_stats.reset(*number)?;
+            maps.backend_load
+                .store(*number, bytemuck::Zeroable::zeroed());
+        }
+        Op::Backend { number, record } => {
+            maps.backends.store(*number, *record);
+            ensure!(maps.backends.read(*number) == *record, "reads differently");
+        }
+        Op::Slots { first, slots } => maps.slots.write_slice(*first, slots),
+        Op::Service { number, record } => {
+            maps.services.store(*number, *record);
+            ensure!(maps.services.read(*number) == *record, "reads differently");
+        }
+        Op::Vip { address, flags } => {
+            let vip = Vip { flags: *flags };
+            match address {
+                IpAddr::V4(a) => maps.vips4.insert(&from_ipv4(*a), &vip)?,
+                IpAddr::V6(a) => maps.vips6.insert(&from_ipv6(*a), &vip)?,
+            }
+        }
+        Op::RemoveVip { address } => {
+            match address {
+                IpAddr::V4(a) => maps.vips4.remove(&from_ipv4(*a))?,
+                IpAddr::V6(a) => maps.vips6.remove(&from_ipv6(*a))?,
+            };
+        }
+        Op::Publish { id, number } => {
+            let found = match id.listen.ip() {
+                IpAddr::V4(a) => {
+                    let key = key(from_ipv4(a), id);
+                    maps.services4.insert(&key, number)?;
+                    maps.services4.get(&key)?
+                }
+                IpAddr::V6(a) => {
+                    let key = key(from_ipv6(a), id);
+                    maps.services6.insert(&key, number)?;
+                    maps.services6.get(&key)?
+                }
+            };
+            ensure!(found == Some(*number), "reads differently");
+        }
+        Op::Withdraw { id } => {
+            match id.listen.ip() {
+                IpAddr::V4(a) => maps.services4.remove(&key(from_ipv4(a), id))?,
+                IpAddr::V6(a) => maps.services6.remove(&key(from_ipv6(a), id))?,
+            };
+        }
+    }
+    Ok(())
+}
+
+fn key<A: lb_common::addr::Address>(vip: A, id: &ServiceId) -> ServiceKey<A> {
+    ServiceKey::new(vip, id.listen.port().to_be(), id.protocol.number())
+}
+
+fn describe(op: &Op) -> String {
+    match op {
+        Op::Lanes { element, .. } => format!("map address_filter: element {element}"),
+        Op::ResetService { number } => format!("map service_stats: service {number}"),
+        Op::ResetBackend { number } => format!("map backend_stats: backend {number}"),
+        Op::Backend { number, .. } => format!("map backends: backend {number}"),
+        Op::Slots { first, .. } => format!("map slots: table at {first}"),
+        Op::Service { number, .. } => format!("map services: service {number}"),
+        Op::Vip { address, .. } | Op::RemoveVip { address } => format!("map vips: {address}"),
+        Op::Publish { id, .. } | Op::Withdraw { id } => {
+            format!("map services: {}/{}", id.listen, id.protocol.name())
+        }
+    }
+}
+
+/// Reads what adopted maps hold.
+///
+/// # Errors
+///
+/// When the kernel refuses to tell.
+pub fn find(maps: &Maps) -> Result<Found> {
+    let mut found = Found::default();
+    maps.services4.iter_batches(|key, number| {
+        let vip = IpAddr::V4(Ipv4Addr::from(key.vip.to_ne_bytes()));
+        found.services.extend(service(vip, key, *number));
+    })?;
+    maps.services6.iter_batches(|key, number| {
+        let vip = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(key.vip)));
+        found.services.extend(service(vip, key, *number));
+    })?;
+    maps.vips4.iter_batches(|address, vip| {
+        let address = IpAddr::V4(Ipv4Addr::from(address.to_ne_bytes()));
+        found.vips.push((address, vip.flags));
+    })?;
+    maps.vips6.iter_batches(|address, vip| {
+        let address = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(*address)));
+        found.vips.push((address, vip.flags));
+    })?;
+    found.records = found
+        .services
+        .iter()
+        .filter(|(_, number)| *number < maps.services.len())
+        .map(|(_, number)| (*number, maps.services.read(*number)))
+        .collect::<HashMap<_, _>>();
+    for record in found.records.values() {
+        let (first, len) = Service::unpack_table(record.table);
+        if first
+            .checked_add(len)
+            .is_some_and(|end| end <= maps.slots.len())
+        {
+            let slots = (first..first + len).map(|slot| maps.slots.read(slot));
+            found.tables.insert(first, slots.collect());
+        }
+    }
+    found.backends = (1..maps.backends.len())
+        .map(|number| (number, maps.backends.read(number)))
+        .filter(|(_, record)| record.generation != 0 || record.service != 0)
+        .collect();
+    Ok(found)
+}
+
+fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(ServiceId, u32)> {
+    let protocol = match key.protocol {
+        6 => Protocol::Tcp,
+        17 => Protocol::Udp,
+        _ => return None,
+    };
+    let listen = SocketAddr::new(vip, u16::from_be(key.port));
+    Some((ServiceId { listen, protocol }, number))
+}

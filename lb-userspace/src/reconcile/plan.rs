@@ -1,0 +1,750 @@
+//! From what is held and what is wanted to an ordered list of operations.
+
+use super::{
+    filter::Filter,
+    slots::{Region, SlotSpace},
+};
+use crate::{
+    config::Protocol,
+    scheduler::{self, Member},
+};
+use anyhow::{Result, anyhow};
+use lb_common::{
+    addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, Slot},
+    filter::{LANE_NAT_SOURCE, LANE_VIP},
+    service::{Service as ServiceRecord, VIP_ANSWER_ARP},
+};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
+
+/// What a service is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ServiceId {
+    /// VIP and port.
+    pub listen: SocketAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// A service as it shall be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// What it is found by.
+    pub id: ServiceId,
+    /// Its name, for messages.
+    pub name: String,
+    /// One of [`lb_common::service::forward`].
+    pub forward: u8,
+    /// One of [`lb_common::service::scheduler`].
+    pub scheduler: u8,
+    /// One of [`lb_common::service::on_no_backend`].
+    pub on_no_backend: u8,
+    /// One of [`lb_common::service::on_backend_down`].
+    pub on_backend_down: u8,
+    /// Ticks a handshake may take; 0: no limit.
+    pub connect_timeout: u32,
+    /// Whether ARP and neighbour discovery for its VIP are answered.
+    pub answer_arp: bool,
+    /// Its backends, in the order of the configuration.
+    pub backends: Vec<Backend>,
+}
+
+/// A backend as it shall be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Weight in force; 0: no new flows.
+    pub weight: u32,
+    /// Weight configured.
+    pub configured_weight: u32,
+    /// Whether it keeps the flows it has.
+    pub alive: bool,
+}
+
+/// How packets leave towards an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// Ethernet destination.
+    pub destination: [u8; 6],
+    /// Ethernet source.
+    pub source: [u8; 6],
+    /// Interface index.
+    pub ifindex: u32,
+    /// The balancer's address towards it.
+    pub address: IpAddr,
+}
+
+/// One step of a plan.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// Sets one element of the address filter.
+    Lanes {
+        /// Element.
+        element: u32,
+        /// Its eight lanes.
+        value: u64,
+    },
+    /// Sets the counters of a service's number to zero, for a new owner.
+    ResetService {
+        /// Service number.
+        number: u32,
+    },
+    /// Sets the counters of a backend's number to zero, for a new owner.
+    ResetBackend {
+        /// Backend number.
+        number: u32,
+    },
+    /// Writes a backend.
+    Backend {
+        /// Backend number.
+        number: u32,
+        /// What it becomes.
+        record: BackendRecord,
+    },
+    /// Writes a selection table.
+    Slots {
+        /// First slot.
+        first: u32,
+        /// The slots.
+        slots: Vec<Slot>,
+    },
+    /// Writes a service.
+    Service {
+        /// Service number.
+        number: u32,
+        /// What it becomes.
+        record: ServiceRecord,
+    },
+    /// Announces a VIP.
+    Vip {
+        /// The VIP.
+        address: IpAddr,
+        /// `VIP_*`.
+        flags: u32,
+    },
+    /// Lets packets find a service.
+    Publish {
+        /// What they find it by.
+        id: ServiceId,
+        /// Service number.
+        number: u32,
+    },
+    /// Packets find a service no longer.
+    Withdraw {
+        /// What they found it by.
+        id: ServiceId,
+    },
+    /// Forgets a VIP.
+    RemoveVip {
+        /// The VIP.
+        address: IpAddr,
+    },
+}
+
+/// What the maps hold, and how it is changed.
+#[derive(Debug)]
+pub struct Reconciler {
+    services: HashMap<ServiceId, Held>,
+    service_numbers: Numbers,
+    backend_numbers: Numbers,
+    /// The generation each backend number had last.
+    generations: HashMap<u32, u32>,
+    space: SlotSpace,
+    filter: Filter,
+    /// Services on each VIP, and its flags.
+    vips: HashMap<IpAddr, (u32, u32)>,
+}
+
+/// A service in the maps.
+#[derive(Debug)]
+struct Held {
+    number: u32,
+    record: ServiceRecord,
+    backends: HashMap<SocketAddr, HeldBackend>,
+    /// What the table was built from; `None` for one that was found in adopted maps.
+    pool: Option<Vec<Member>>,
+    /// Hash of the table's content.
+    digest: u64,
+}
+
+/// A backend in the maps.
+#[derive(Debug)]
+struct HeldBackend {
+    number: u32,
+    record: BackendRecord,
+    /// Addresses its flows may have been sent from.
+    sources: HashSet<IpAddr>,
+    /// No longer configured; stays until its flows are gone.
+    retiring: bool,
+}
+
+/// What of a plan can fail, made before anything changes.
+struct Draft<'a> {
+    wanted: &'a Service,
+    number: u32,
+    is_new: bool,
+    pool: Vec<Member>,
+    new_backends: Vec<(SocketAddr, u32)>,
+    table: Option<Table>,
+}
+
+struct Table {
+    region: Region,
+    slots: Vec<Slot>,
+    digest: u64,
+}
+
+/// What the maps held when they were adopted.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Keys and numbers of maps `services4` and `services6`.
+    pub services: Vec<(ServiceId, u32)>,
+    /// Every element of map `services` that is in use, by its number.
+    pub records: HashMap<u32, ServiceRecord>,
+    /// Every element of map `backends`, by its number.
+    pub backends: Vec<(u32, BackendRecord)>,
+    /// The tables of the services, by their first slot.
+    pub tables: HashMap<u32, Vec<Slot>>,
+    /// VIPs and their flags.
+    pub vips: Vec<(IpAddr, u32)>,
+}
+
+impl Reconciler {
+    /// Of empty maps with room for this much.
+    #[must_use]
+    pub fn new(services: u32, backends: u32, slots: u32) -> Self {
+        Self {
+            services: HashMap::new(),
+            service_numbers: Numbers::new(services),
+            backend_numbers: Numbers::new(backends),
+            generations: HashMap::new(),
+            space: SlotSpace::new(slots),
+            filter: Filter::default(),
+            vips: HashMap::new(),
+        }
+    }
+
+    /// Takes over what is `found`, and returns what has to be done first: what no service
+    /// explains is removed, and the filter made to cover what is.
+    pub fn adopt(&mut self, found: Found) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for (id, number) in &found.services {
+            let record = found.records.get(number).copied();
+            let claimed = record.is_some_and(|record| {
+                let (first, len) = ServiceRecord::unpack_table(record.table);
+                self.service_numbers.claim(*number) && self.space.claim(Region { first, len })
+            });
+            let Some(record) = record.filter(|_| claimed) else {
+                ops.push(Op::Withdraw { id: *id });
+                continue;
+            };
+            let (first, _) = ServiceRecord::unpack_table(record.table);
+            let digest = found.tables.get(&first).map_or(0, |slots| digest_of(slots));
+            self.services.insert(
+                *id,
+                Held {
+                    number: *number,
+                    record,
+                    backends: HashMap::new(),
+                    pool: None,
+                    digest,
+                },
+            );
+        }
+        let by_number: HashMap<u32, ServiceId> = self
+            .services
+            .iter()
+            .map(|(id, held)| (held.number, *id))
+            .collect();
+        for (number, record) in found.backends {
+            self.generations.insert(number, record.generation);
+            if record.service == 0 {
+                continue;
+            }
+            let held = by_number
+                .get(&record.service)
+                .and_then(|id| self.services.get_mut(id))
+                .filter(|_| self.backend_numbers.claim(number));
+            let Some(held) = held else {
+                let generation = self.next_generation(number);
+                ops.push(clear_backend(number, generation));
+                continue;
+            };
+            let source = to_ip(record.family, &record.source);
+            let address = SocketAddr::new(
+                to_ip(record.family, &record.addr),
+                u16::from_be(record.port),
+            );
+            let mut sources = HashSet::new();
+            if !source.is_unspecified() {
+                self.filter.add(source, LANE_NAT_SOURCE);
+                sources.insert(source);
+            }
+            held.backends.insert(
+                address,
+                HeldBackend {
+                    number,
+                    record,
+                    sources,
+                    retiring: false,
+                },
+            );
+        }
+        for id in self.services.keys() {
+            self.filter.add(id.listen.ip(), LANE_VIP);
+            self.vips.entry(id.listen.ip()).or_default().0 += 1;
+        }
+        for (address, flags) in found.vips {
+            match self.vips.get_mut(&address) {
+                Some(vip) => vip.1 = flags,
+                None => ops.push(Op::RemoveVip { address }),
+            }
+        }
+        // Lanes that nothing explains stay: a flow may still be sent from an address that its
+        // backend has left.
+        for (element, value) in self.filter.elements() {
+            ops.push(Op::Lanes { element, value });
+        }
+        ops
+    }
+
+    /// Services in the maps.
+    pub fn service_ids(&self) -> impl Iterator<Item = ServiceId> + '_ {
+        self.services.keys().copied()
+    }
+
+    /// The number of a service.
+    #[must_use]
+    pub fn service_number(&self, id: &ServiceId) -> Option<u32> {
+        self.services.get(id).map(|held| held.number)
+    }
+
+    /// The number of a backend.
+    #[must_use]
+    pub fn backend_number(&self, id: &ServiceId, address: &SocketAddr) -> Option<u32> {
+        Some(self.services.get(id)?.backends.get(address)?.number)
+    }
+
+    /// Backends that wait for their flows to end.
+    pub fn retiring(&self) -> impl Iterator<Item = (ServiceId, SocketAddr, u32)> + '_ {
+        self.services.iter().flat_map(|(id, held)| {
+            held.backends
+                .iter()
+                .filter(|(_, backend)| backend.retiring)
+                .map(|(address, backend)| (*id, *address, backend.number))
+        })
+    }
+
+    /// Plans the change to `wanted`, with `removed` gone; services in neither stay as they are.
+    ///
+    /// A backend that is wanted no longer stays, without new flows, until
+    /// [`Reconciler::forget_backend`]. `hop` tells the way to an address, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When something wanted has no room. Then nothing has changed.
+    pub fn plan(
+        &mut self,
+        wanted: &[Service],
+        removed: &[ServiceId],
+        hop: impl Fn(IpAddr) -> Option<Hop>,
+        now: Instant,
+    ) -> Result<Vec<Op>> {
+        let mut drafts = Vec::new();
+        for service in wanted {
+            match self.draft(service, now) {
+                Ok(draft) => drafts.push(draft),
+                Err(error) => {
+                    for draft in drafts {
+                        self.discard(&draft);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let mut ops = Vec::new();
+        for draft in drafts {
+            self.carry_out(draft, &hop, now, &mut ops);
+        }
+        for id in removed {
+            self.remove(id, now, &mut ops);
+        }
+        Ok(ops)
+    }
+
+    /// Numbers and room for one service, and its table if that has changed.
+    fn draft<'a>(&mut self, wanted: &'a Service, now: Instant) -> Result<Draft<'a>> {
+        let mut draft = Draft {
+            wanted,
+            number: 0,
+            is_new: false,
+            pool: Vec::new(),
+            new_backends: Vec::new(),
+            table: None,
+        };
+        let result = self.fill(&mut draft, now);
+        if result.is_err() {
+            self.discard(&draft);
+        }
+        result.map(|()| draft)
+    }
+
+    fn fill(&mut self, draft: &mut Draft<'_>, now: Instant) -> Result<()> {
+        let wanted = draft.wanted;
+        let held = self.services.get(&wanted.id);
+        match held {
+            Some(held) => draft.number = held.number,
+            None => {
+                draft.number = self.service_numbers.take().ok_or_else(|| {
+                    anyhow!(
+                        "service {:?}: no room; raise limits.services above {}",
+                        wanted.name,
+                        self.service_numbers.limit
+                    )
+                })?;
+                draft.is_new = true;
+            }
+        }
+        for backend in &wanted.backends {
+            let number = match held.and_then(|held| held.backends.get(&backend.address)) {
+                Some(backend) => backend.number,
+                None => {
+                    let number = self.backend_numbers.take().ok_or_else(|| {
+                        anyhow!(
+                            "service {:?}: backend {}: no room; raise limits.backends above {}",
+                            wanted.name,
+                            backend.address,
+                            self.backend_numbers.limit
+                        )
+                    })?;
+                    draft.new_backends.push((backend.address, number));
+                    number
+                }
+            };
+            draft.pool.push(Member {
+                identity: backend.address,
+                backend: number,
+                weight: backend.weight,
+                configured_weight: backend.configured_weight,
+            });
+        }
+        let same = held.is_some_and(|held| {
+            held.pool.as_ref() == Some(&draft.pool) && held.record.scheduler == wanted.scheduler
+        });
+        if same {
+            return Ok(());
+        }
+        let slots: Vec<Slot> = scheduler::build(wanted.scheduler, &draft.pool)
+            .map_err(|error| anyhow!("service {:?}: {error}", wanted.name))?
+            .into_iter()
+            .map(|backend| Slot {
+                backend,
+                previous: backend,
+            })
+            .collect();
+        let digest = digest_of(&slots);
+        if held.is_some_and(|held| held.digest == digest) {
+            return Ok(());
+        }
+        let len = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+        let region = self.space.take(len, now).ok_or_else(|| {
+            anyhow!(
+                "service {:?}: no room for a table of {len} slots; raise limits.slots above {}",
+                wanted.name,
+                self.space.total()
+            )
+        })?;
+        draft.table = Some(Table {
+            region,
+            slots,
+            digest,
+        });
+        Ok(())
+    }
+
+    /// Gives back what a draft has taken.
+    fn discard(&mut self, draft: &Draft<'_>) {
+        if draft.is_new {
+            self.service_numbers.give_back(draft.number);
+        }
+        for (_, number) in &draft.new_backends {
+            self.backend_numbers.give_back(*number);
+        }
+        if let Some(table) = &draft.table {
+            self.space.put_back(table.region);
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        draft: Draft<'_>,
+        hop: &impl Fn(IpAddr) -> Option<Hop>,
+        now: Instant,
+        ops: &mut Vec<Op>,
+    ) {
+        let wanted = draft.wanted;
+        let mut held = self.services.remove(&wanted.id).unwrap_or_else(|| {
+            ops.push(Op::ResetService {
+                number: draft.number,
+            });
+            Held {
+                number: draft.number,
+                record: bytemuck::Zeroable::zeroed(),
+                backends: HashMap::new(),
+                pool: None,
+                digest: 0,
+            }
+        });
+        for (address, number) in draft.new_backends {
+            ops.push(Op::ResetBackend { number });
+            let generation = self.next_generation(number);
+            held.backends.insert(
+                address,
+                HeldBackend {
+                    number,
+                    record: BackendRecord {
+                        generation,
+                        ..bytemuck::Zeroable::zeroed()
+                    },
+                    sources: HashSet::new(),
+                    retiring: false,
+                },
+            );
+        }
+        let configured: HashMap<SocketAddr, bool> = wanted
+            .backends
+            .iter()
+            .map(|backend| (backend.address, backend.alive))
+            .collect();
+        for (address, backend) in &mut held.backends {
+            let alive = configured.get(address);
+            backend.retiring = alive.is_none();
+            let record = backend_record(
+                held.number,
+                *address,
+                hop(address.ip()),
+                alive.copied().unwrap_or(true),
+                &backend.record,
+            );
+            let source = to_ip(record.family, &record.source);
+            if !source.is_unspecified() && backend.sources.insert(source) {
+                ops.extend(lanes(self.filter.add(source, LANE_NAT_SOURCE)));
+            }
+            if record != backend.record {
+                backend.record = record;
+                ops.push(Op::Backend {
+                    number: backend.number,
+                    record,
+                });
+            }
+        }
+        let (first, len) = ServiceRecord::unpack_table(held.record.table);
+        let mut table = held.record.table;
+        if let Some(Table {
+            region,
+            slots,
+            digest,
+        }) = draft.table
+        {
+            self.space.release(Region { first, len }, now);
+            table = ServiceRecord::pack_table(region.first, region.len);
+            held.digest = digest;
+            ops.push(Op::Slots {
+                first: region.first,
+                slots,
+            });
+        }
+        held.pool = Some(draft.pool);
+        let record = ServiceRecord {
+            table,
+            connect_timeout: wanted.connect_timeout,
+            forward: wanted.forward,
+            scheduler: wanted.scheduler,
+            on_no_backend: wanted.on_no_backend,
+            on_backend_down: wanted.on_backend_down,
+            reserved: [0; 12],
+        };
+        if record != held.record || draft.is_new {
+            held.record = record;
+            ops.push(Op::Service {
+                number: held.number,
+                record,
+            });
+        }
+        let address = wanted.id.listen.ip();
+        let flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
+        let vip = self.vips.entry(address).or_insert((0, u32::MAX));
+        vip.0 += u32::from(draft.is_new);
+        if vip.1 != flags {
+            vip.1 = flags;
+            ops.push(Op::Vip { address, flags });
+        }
+        if draft.is_new {
+            ops.extend(lanes(self.filter.add(address, LANE_VIP)));
+            ops.push(Op::Publish {
+                id: wanted.id,
+                number: held.number,
+            });
+        }
+        self.services.insert(wanted.id, held);
+    }
+
+    /// Takes a service away, with its backends and, if it was the last on it, its VIP.
+    fn remove(&mut self, id: &ServiceId, now: Instant, ops: &mut Vec<Op>) {
+        let Some(held) = self.services.remove(id) else {
+            return;
+        };
+        ops.push(Op::Withdraw { id: *id });
+        let address = id.listen.ip();
+        if let Some(vip) = self.vips.get_mut(&address) {
+            vip.0 -= 1;
+            if vip.0 == 0 {
+                self.vips.remove(&address);
+                ops.push(Op::RemoveVip { address });
+            }
+        }
+        ops.extend(lanes(self.filter.remove(address, LANE_VIP)));
+        ops.push(Op::Service {
+            number: held.number,
+            record: bytemuck::Zeroable::zeroed(),
+        });
+        let (first, len) = ServiceRecord::unpack_table(held.record.table);
+        self.space.release(Region { first, len }, now);
+        self.service_numbers.give_back(held.number);
+        for backend in held.backends.into_values() {
+            self.drop_backend(backend, ops);
+        }
+    }
+
+    /// Takes away a backend that is configured no longer; one that still is stays.
+    pub fn forget_backend(&mut self, id: &ServiceId, address: &SocketAddr) -> Vec<Op> {
+        let mut ops = Vec::new();
+        if let Some(held) = self.services.get_mut(id)
+            && held.backends.get(address).is_some_and(|b| b.retiring)
+            && let Some(backend) = held.backends.remove(address)
+        {
+            self.drop_backend(backend, &mut ops);
+        }
+        ops
+    }
+
+    fn drop_backend(&mut self, backend: HeldBackend, ops: &mut Vec<Op>) {
+        let generation = self.next_generation(backend.number);
+        ops.push(clear_backend(backend.number, generation));
+        for source in backend.sources {
+            ops.extend(lanes(self.filter.remove(source, LANE_NAT_SOURCE)));
+        }
+        self.backend_numbers.give_back(backend.number);
+    }
+
+    fn next_generation(&mut self, number: u32) -> u32 {
+        let generation = self.generations.entry(number).or_default();
+        *generation = generation.wrapping_add(1);
+        *generation
+    }
+}
+
+fn lanes(change: Option<(u32, u64)>) -> Option<Op> {
+    change.map(|(element, value)| Op::Lanes { element, value })
+}
+
+fn clear_backend(number: u32, generation: u32) -> Op {
+    Op::Backend {
+        number,
+        record: BackendRecord {
+            generation,
+            ..bytemuck::Zeroable::zeroed()
+        },
+    }
+}
+
+/// The record of a backend; without a way to it the last one known stays in, marked as unusable.
+fn backend_record(
+    service: u32,
+    address: SocketAddr,
+    hop: Option<Hop>,
+    alive: bool,
+    before: &BackendRecord,
+) -> BackendRecord {
+    let mut record = BackendRecord {
+        addr: from_ip(address.ip()),
+        service,
+        port: address.port().to_be(),
+        family: if address.is_ipv4() {
+            FAMILY_V4
+        } else {
+            FAMILY_V6
+        },
+        flags: if alive { BACKEND_ALIVE } else { 0 },
+        ..*before
+    };
+    if let Some(hop) = hop {
+        let mut l2 = [0; 12];
+        l2[..6].copy_from_slice(&hop.destination);
+        l2[6..].copy_from_slice(&hop.source);
+        record.l2 = bytemuck::cast(l2);
+        record.ifindex = hop.ifindex;
+        record.source = from_ip(hop.address);
+        record.flags |= BACKEND_RESOLVED;
+    }
+    record
+}
+
+fn digest_of(slots: &[Slot]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytemuck::cast_slice::<Slot, u8>(slots).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Numbers from 1 to a limit.
+#[derive(Debug)]
+struct Numbers {
+    limit: u32,
+    /// All above are free, and never were in use.
+    used: u32,
+    free: BTreeSet<u32>,
+}
+
+impl Numbers {
+    const fn new(limit: u32) -> Self {
+        Self {
+            limit,
+            used: 0,
+            free: BTreeSet::new(),
+        }
+    }
+
+    fn take(&mut self) -> Option<u32> {
+        if self.used < self.limit {
+            self.used += 1;
+            return Some(self.used);
+        }
+        // The one that has been free for longest would be best; the lowest will do.
+        self.free.pop_first()
+    }
+
+    /// Takes this number; `false` if it is taken or out of range.
+    fn claim(&mut self, number: u32) -> bool {
+        if number == 0 || number > self.limit {
+            return false;
+        }
+        while self.used < number {
+            self.used += 1;
+            self.free.insert(self.used);
+        }
+        self.free.remove(&number)
+    }
+
+    fn give_back(&mut self, number: u32) {
+        self.free.insert(number);
+    }
+}
+
+#[cfg(test)]
+mod tests;
