@@ -1,3 +1,294 @@
 //! The state of the services: what is desired, and what is known of the backends.
+//!
+//! The model takes events (a configuration, results of checks, next hops, the operator's commands)
+//! with the time they happened, and answers for each backend how it stands and which weight it has
+//! in force. It does nothing itself and asks no clock.
 
+pub mod backend;
 pub mod check;
+#[cfg(test)]
+mod tests;
+
+pub use backend::{Admin, Backend, Inherited, Path, State};
+pub use check::{CheckResult, Code};
+
+use crate::{
+    config::{self, Protocol},
+    scheduler::Member,
+};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
+
+/// What identifies a service, whatever it is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// VIP and port.
+    pub listen: SocketAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// What identifies a backend of a service, whatever it is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendKey {
+    /// The service.
+    pub service: ServiceKey,
+    /// Address and port of the backend.
+    pub address: SocketAddr,
+}
+
+impl From<&config::Service> for ServiceKey {
+    fn from(service: &config::Service) -> Self {
+        Self {
+            listen: service.listen,
+            protocol: service.protocol,
+        }
+    }
+}
+
+/// `VIP:port/proto`.
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.listen, self.protocol.name())
+    }
+}
+
+/// An event that changed how a backend stands or what the data plane must do with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The backend.
+    pub backend: BackendKey,
+    /// State before.
+    pub from: State,
+    /// State after; equal to `from` if only the weight in force changed.
+    pub to: State,
+}
+
+/// A service and its backends.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// What is configured. Its backends are those of `backends`, in the same order.
+    pub config: config::Service,
+    /// The backends, in the order of the configuration.
+    pub backends: Vec<Backend>,
+}
+
+impl Service {
+    /// What identifies the service.
+    #[must_use]
+    pub fn key(&self) -> ServiceKey {
+        ServiceKey::from(&self.config)
+    }
+
+    /// Backends that take new flows.
+    #[must_use]
+    pub fn backends_up(&self) -> usize {
+        self.backends
+            .iter()
+            .filter(|backend| backend.effective_weight() > 0)
+            .count()
+    }
+
+    /// The pool as the scheduler takes it; `number` gives the backend number of an address.
+    pub fn pool(&self, number: impl Fn(SocketAddr) -> u32) -> Vec<Member> {
+        self.backends
+            .iter()
+            .map(|backend| Member {
+                identity: backend.config().address,
+                backend: number(backend.config().address),
+                weight: backend.effective_weight(),
+                configured_weight: backend.config().weight,
+            })
+            .collect()
+    }
+}
+
+/// Every service.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    services: Vec<Service>,
+    /// Where in `services`, and where in its backends, each backend is.
+    places: HashMap<BackendKey, (usize, usize)>,
+    /// The backends that share an address, and so the way to it.
+    sharing: HashMap<IpAddr, Vec<(usize, usize)>>,
+    /// The way to each address. Known apart from the backends, because what is known of it is told
+    /// only once, and a backend may be added later.
+    paths: HashMap<IpAddr, Path>,
+}
+
+impl Model {
+    /// A model without any service.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces what is configured. Backends that stay, by service and address, keep their state.
+    pub fn configure(&mut self, services: &[config::Service], now: Instant) {
+        let mut before: HashMap<BackendKey, Backend> = std::mem::take(&mut self.services)
+            .into_iter()
+            .flat_map(|service| {
+                let key = service.key();
+                service.backends.into_iter().map(move |backend| {
+                    let address = backend.config().address;
+                    (
+                        BackendKey {
+                            service: key,
+                            address,
+                        },
+                        backend,
+                    )
+                })
+            })
+            .collect();
+        let addresses: HashSet<IpAddr> = services
+            .iter()
+            .flat_map(|service| &service.backends)
+            .map(|backend| backend.address.ip())
+            .collect();
+        self.paths.retain(|address, _| addresses.contains(address));
+        self.places.clear();
+        self.sharing.clear();
+        for (index, config) in services.iter().enumerate() {
+            let service = ServiceKey::from(config);
+            let mut backends = Vec::with_capacity(config.backends.len());
+            for (position, backend) in config.backends.iter().enumerate() {
+                let address = backend.address;
+                let key = BackendKey { service, address };
+                self.places.insert(key, (index, position));
+                let sharing = self.sharing.entry(address.ip()).or_default();
+                sharing.push((index, position));
+                backends.push(match before.remove(&key) {
+                    Some(mut kept) => {
+                        kept.configure(backend.clone(), &config.health, now);
+                        kept
+                    }
+                    None => {
+                        let path = self.paths.get(&address.ip()).cloned().unwrap_or_default();
+                        Backend::new(backend.clone(), &config.health, path, now)
+                    }
+                });
+            }
+            self.services.push(Service {
+                config: config.clone(),
+                backends,
+            });
+        }
+    }
+
+    /// The services, in the order of the configuration.
+    #[must_use]
+    pub fn services(&self) -> &[Service] {
+        &self.services
+    }
+
+    /// The backend `key`, unless there is none.
+    #[must_use]
+    pub fn backend(&self, key: BackendKey) -> Option<&Backend> {
+        let (service, backend) = *self.places.get(&key)?;
+        self.services.get(service)?.backends.get(backend)
+    }
+
+    /// Every backend, and what identifies it.
+    pub fn backends(&self) -> impl Iterator<Item = (BackendKey, &Backend)> {
+        self.services.iter().flat_map(|service| {
+            let key = service.key();
+            service.backends.iter().map(move |backend| {
+                let address = backend.config().address;
+                (
+                    BackendKey {
+                        service: key,
+                        address,
+                    },
+                    backend,
+                )
+            })
+        })
+    }
+
+    /// The addresses whose next hops must be known.
+    #[must_use]
+    pub fn addresses(&self) -> HashSet<IpAddr> {
+        self.sharing.keys().copied().collect()
+    }
+
+    /// A check of `key` ended. Results for backends that are gone, or in maintenance, change
+    /// nothing.
+    pub fn check_result(
+        &mut self,
+        key: BackendKey,
+        result: CheckResult,
+        now: Instant,
+    ) -> Option<Change> {
+        self.change(key, |backend| backend.check_result(result, now))
+    }
+
+    /// The operator's will for `key`.
+    pub fn set_admin(&mut self, key: BackendKey, admin: Admin, now: Instant) -> Option<Change> {
+        self.change(key, |backend| backend.set_admin(admin, now))
+    }
+
+    /// What an earlier daemon knew of `key`, so that a restart does not begin with empty tables.
+    /// Later events correct it.
+    pub fn inherit(
+        &mut self,
+        key: BackendKey,
+        inherited: Inherited,
+        now: Instant,
+    ) -> Option<Change> {
+        if inherited.resolved {
+            self.paths.entry(key.address.ip()).or_insert(Path::Open);
+        }
+        self.change(key, |backend| backend.inherit(inherited, now))
+    }
+
+    /// The way to `address` became known or changed.
+    pub fn set_path(&mut self, address: IpAddr, path: Path, now: Instant) -> Vec<Change> {
+        let Some(places) = self.sharing.get(&address) else {
+            return Vec::new();
+        };
+        let mut changes = Vec::new();
+        for &(service, backend) in places {
+            let service = &mut self.services[service];
+            let key = service.key();
+            changes.extend(change(key, &mut service.backends[backend], |backend| {
+                backend.set_path(path.clone(), now);
+            }));
+        }
+        self.paths.insert(address, path);
+        changes
+    }
+
+    fn change(&mut self, key: BackendKey, event: impl FnOnce(&mut Backend)) -> Option<Change> {
+        let (service, backend) = *self.places.get(&key)?;
+        change(
+            key.service,
+            &mut self.services[service].backends[backend],
+            event,
+        )
+    }
+}
+
+/// Lets `event` happen to `backend`, and tells whether anybody needs to know.
+fn change(
+    service: ServiceKey,
+    backend: &mut Backend,
+    event: impl FnOnce(&mut Backend),
+) -> Option<Change> {
+    let outside = |b: &Backend| (b.state(), b.effective_weight(), b.may_keep_flows());
+    let before = outside(backend);
+    event(backend);
+    let after = outside(backend);
+    (before != after).then(|| Change {
+        backend: BackendKey {
+            service,
+            address: backend.config().address,
+        },
+        from: before.0,
+        to: after.0,
+    })
+}

@@ -1,0 +1,385 @@
+use super::*;
+use crate::config::{AttachMode, Config};
+use proptest::prelude::*;
+use std::time::Duration;
+
+/// Two services; the second shares the first one's addresses and is not checked.
+const TEXT: &str = r#"
+[daemon]
+interfaces = ["eth0"]
+
+[[service]]
+name = "web"
+listen = "198.51.100.10:80"
+[service.health]
+type = "tcp"
+rise = 2
+fall = 3
+[[service.backend]]
+name = "a"
+address = "10.0.0.11:80"
+weight = 6
+[[service.backend]]
+name = "b"
+address = "10.0.0.12:80"
+weight = 4
+
+[[service]]
+name = "plain"
+listen = "198.51.100.10:81"
+[[service.backend]]
+address = "10.0.0.11:81"
+"#;
+
+fn config(text: &str) -> Config {
+    let config = Config::parse(text, std::path::Path::new("lb.toml")).unwrap();
+    assert_eq!(config.daemon.mode, AttachMode::Auto);
+    config
+}
+
+fn key(port: u16, backend: &str) -> BackendKey {
+    BackendKey {
+        service: ServiceKey {
+            listen: SocketAddr::from(([198, 51, 100, 10], port)),
+            protocol: Protocol::Tcp,
+        },
+        address: backend.parse().unwrap(),
+    }
+}
+
+fn a() -> BackendKey {
+    key(80, "10.0.0.11:80")
+}
+
+fn plain() -> BackendKey {
+    key(81, "10.0.0.11:81")
+}
+
+fn result(good: bool) -> CheckResult {
+    let code = if good { Code::L4Ok } else { Code::L4Connection };
+    let text = if good { "" } else { "Connection refused" };
+    CheckResult::new(code, text, Duration::from_millis(1))
+}
+
+/// The model of [`TEXT`], the ways to its backends known.
+fn model(now: Instant) -> Model {
+    let mut model = Model::new();
+    model.configure(&config(TEXT).services, now);
+    for address in model.addresses() {
+        model.set_path(address, Path::Open, now);
+    }
+    model
+}
+
+fn stands(model: &Model, key: BackendKey) -> (State, u32, bool, String) {
+    let backend = model.backend(key).unwrap();
+    (
+        backend.state(),
+        backend.effective_weight(),
+        backend.may_keep_flows(),
+        backend.reason(),
+    )
+}
+
+#[test]
+fn the_first_result_decides_and_later_ones_count() {
+    let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let mut model = model(now);
+    assert_eq!(
+        stands(&model, a()),
+        (State::Starting, 0, true, "not checked yet".into())
+    );
+
+    let change = model.check_result(a(), result(true), at(1)).unwrap();
+    assert_eq!(
+        (change.backend, change.from, change.to),
+        (a(), State::Starting, State::Up)
+    );
+    assert_eq!(stands(&model, a()), (State::Up, 6, true, "L4OK".into()));
+    assert_eq!(model.backend(a()).unwrap().since(), at(1));
+
+    assert_eq!(model.check_result(a(), result(false), at(2)), None);
+    assert_eq!(model.check_result(a(), result(false), at(3)), None);
+    assert_eq!(model.check_result(a(), result(true), at(4)), None);
+    assert_eq!(model.check_result(a(), result(false), at(5)), None);
+    assert_eq!(model.check_result(a(), result(false), at(6)), None);
+    assert_eq!(model.backend(a()).unwrap().since(), at(1));
+    assert!(model.check_result(a(), result(false), at(7)).is_some());
+    let reason = "L4CON Connection refused".to_owned();
+    assert_eq!(stands(&model, a()), (State::Down, 0, false, reason));
+    assert_eq!(model.backend(a()).unwrap().since(), at(7));
+
+    assert_eq!(model.check_result(a(), result(true), at(8)), None);
+    assert!(model.check_result(a(), result(true), at(9)).is_some());
+    assert_eq!(stands(&model, a()).0, State::Up);
+}
+
+#[test]
+fn one_failure_is_enough_at_first() {
+    let now = Instant::now();
+    let mut model = model(now);
+    assert!(model.check_result(a(), result(false), now).is_some());
+    assert_eq!(stands(&model, a()).0, State::Down);
+}
+
+#[test]
+fn without_a_check_the_way_alone_decides() {
+    let now = Instant::now();
+    let mut model = Model::new();
+    model.configure(&config(TEXT).services, now);
+    let pending = "next hop not known yet".to_owned();
+    assert_eq!(stands(&model, plain()), (State::Starting, 0, true, pending));
+
+    let ip = plain().address.ip();
+    let changes = model.set_path(ip, Path::Open, now);
+    // The checked backend at the same address is still starting, so only one changed.
+    assert_eq!(changes.len(), 1);
+    assert_eq!(
+        stands(&model, plain()),
+        (State::Up, 1, true, "no check".into())
+    );
+    // A result that arrives although nobody asked is of a check that was removed.
+    assert_eq!(model.check_result(plain(), result(false), now), None);
+
+    model.check_result(a(), result(true), now);
+    let blocked = Path::Blocked("no neighbour 10.0.0.11 on eth0".into());
+    assert_eq!(model.set_path(ip, blocked, now).len(), 2);
+    let reason = "no neighbour 10.0.0.11 on eth0".to_owned();
+    assert_eq!(
+        stands(&model, plain()),
+        (State::Down, 0, false, reason.clone())
+    );
+    assert_eq!(stands(&model, a()), (State::Down, 0, false, reason));
+    assert_eq!(model.set_path(ip, Path::Open, now).len(), 2);
+    assert_eq!(stands(&model, a()).0, State::Up);
+    assert_eq!(
+        model.set_path("203.0.113.9".parse().unwrap(), Path::Open, now),
+        []
+    );
+}
+
+#[test]
+fn drain_keeps_flows_and_maintenance_does_not() {
+    let now = Instant::now();
+    let mut model = model(now);
+    model.check_result(a(), result(true), now);
+
+    assert!(model.set_admin(a(), Admin::Drain, now).is_some());
+    assert_eq!(stands(&model, a()), (State::Up, 0, true, "L4OK".into()));
+    assert_eq!(model.set_admin(a(), Admin::Drain, now), None);
+    assert!(model.backend(a()).unwrap().is_checked());
+
+    assert!(model.set_admin(a(), Admin::Maint, now).is_some());
+    assert_eq!(
+        stands(&model, a()),
+        (State::Unknown, 0, false, "in maintenance".into())
+    );
+    assert!(!model.backend(a()).unwrap().is_checked());
+    assert_eq!(model.check_result(a(), result(true), now), None);
+
+    assert!(model.set_admin(a(), Admin::Ready, now).is_some());
+    assert_eq!(stands(&model, a()).0, State::Starting);
+    model.check_result(a(), result(true), now);
+    assert_eq!(stands(&model, a()), (State::Up, 6, true, "L4OK".into()));
+}
+
+#[test]
+fn a_reload_keeps_what_is_known() {
+    let now = Instant::now();
+    let mut model = model(now);
+    model.check_result(a(), result(true), now);
+    model.set_admin(a(), Admin::Drain, now);
+    let later = now + Duration::from_secs(5);
+
+    // Renamed, reordered, another weight, another check; and a backend at a known address.
+    let text = TEXT
+        .replace("\"a\"", "\"first\"")
+        .replace("\"web\"", "\"site\"")
+        .replace("weight = 6", "weight = 7")
+        .replace("type = \"tcp\"", "type = \"http\"")
+        + "[[service.backend]]\naddress = \"10.0.0.12:99\"\n";
+    let mut services = config(&text).services;
+    services.reverse();
+    model.configure(&services, later);
+    let backend = model.backend(a()).unwrap();
+    assert_eq!(backend.config().name, "first");
+    assert_eq!((backend.state(), backend.since()), (State::Up, now));
+    assert_eq!(backend.admin(), Admin::Drain);
+    assert_eq!(backend.last_check(), None);
+    assert_eq!(stands(&model, key(81, "10.0.0.12:99")).0, State::Up);
+    model.set_admin(a(), Admin::Ready, later);
+    assert_eq!(stands(&model, a()).1, 7);
+
+    // What is gone is forgotten, and begins anew when it comes back.
+    let gone = TEXT.replace("10.0.0.11", "10.0.0.13");
+    model.configure(&config(&gone).services, later);
+    assert!(model.backend(a()).is_none());
+    assert_eq!(model.check_result(a(), result(true), later), None);
+    model.configure(&config(TEXT).services, later);
+    assert_eq!(stands(&model, a()).0, State::Starting);
+    assert_eq!(stands(&model, plain()).0, State::Starting);
+}
+
+#[test]
+fn a_check_that_is_added_does_not_empty_the_pool() {
+    let now = Instant::now();
+    let mut model = model(now);
+    let text = TEXT.to_owned() + "[service.health]\ntype = \"tcp\"\n";
+    model.configure(&config(&text).services, now);
+    assert_eq!(
+        stands(&model, plain()),
+        (State::Up, 1, true, "not checked yet".into())
+    );
+    for expected in [State::Up, State::Up, State::Down] {
+        model.check_result(plain(), result(false), now);
+        assert_eq!(stands(&model, plain()).0, expected);
+    }
+}
+
+#[test]
+fn a_restart_begins_with_what_was_known() {
+    let now = Instant::now();
+    let mut model = Model::new();
+    model.configure(&config(TEXT).services, now);
+    let alive = Inherited {
+        alive: true,
+        resolved: true,
+    };
+    let dead = Inherited {
+        alive: false,
+        resolved: true,
+    };
+    let b = key(80, "10.0.0.12:80");
+    assert!(model.inherit(a(), alive, now).is_some());
+    assert!(model.inherit(b, dead, now).is_some());
+    let reason = "not checked since the daemon started".to_owned();
+    assert_eq!(stands(&model, a()), (State::Up, 6, true, reason));
+    assert_eq!(stands(&model, b).0, State::Down);
+    model.check_result(a(), result(false), now);
+    assert_eq!(stands(&model, a()).0, State::Up);
+    model.check_result(b, result(true), now);
+    assert_eq!(stands(&model, b).0, State::Down);
+}
+
+#[test]
+fn the_pool_is_what_the_scheduler_takes() {
+    let now = Instant::now();
+    let mut model = model(now);
+    model.check_result(a(), result(true), now);
+    let service = &model.services()[0];
+    assert_eq!(service.backends_up(), 1);
+    let pool = service.pool(|address| u32::from(address.port()) + 1);
+    let weights: Vec<(u32, u32, u32)> = pool
+        .iter()
+        .map(|member| (member.backend, member.weight, member.configured_weight))
+        .collect();
+    assert_eq!(weights, [(81, 6, 6), (81, 0, 4)]);
+}
+
+/// What rise and fall mean, said another way: the last run of equal results that was long enough
+/// decides, and the very first result if there was none.
+fn by_runs(results: &[bool], rise: u32, fall: u32) -> State {
+    let mut verdict = results.first().copied();
+    let mut run = 0;
+    for (position, &good) in results.iter().enumerate() {
+        let continues = position > 0 && results[position - 1] == good;
+        run = if continues { run + 1 } else { 1 };
+        if run >= if good { rise } else { fall } {
+            verdict = Some(good);
+        }
+    }
+    match verdict {
+        None => State::Starting,
+        Some(true) => State::Up,
+        Some(false) => State::Down,
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Check(bool),
+    Admin(Admin),
+    Path(Path),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => any::<bool>().prop_map(Event::Check),
+        1 => prop_oneof![Just(Admin::Ready), Just(Admin::Drain), Just(Admin::Maint)]
+            .prop_map(Event::Admin),
+        1 => prop_oneof![Just(Path::Open), Just(Path::Blocked("no route".into()))]
+            .prop_map(Event::Path),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn rise_and_fall_count_runs(
+        results in prop::collection::vec(any::<bool>(), 0..60),
+        rise in 1_u32..5,
+        fall in 1_u32..5,
+    ) {
+        let text = TEXT.replace("rise = 2", &format!("rise = {rise}"))
+            .replace("fall = 3", &format!("fall = {fall}"));
+        let now = Instant::now();
+        let mut model = Model::new();
+        model.configure(&config(&text).services, now);
+        model.set_path(a().address.ip(), Path::Open, now);
+        for (done, &good) in results.iter().enumerate() {
+            prop_assert_eq!(stands(&model, a()).0, by_runs(&results[..done], rise, fall));
+            model.check_result(a(), result(good), now);
+        }
+        prop_assert_eq!(stands(&model, a()).0, by_runs(&results, rise, fall));
+    }
+
+    #[test]
+    fn whatever_happens_only_a_good_backend_has_weight(
+        events in prop::collection::vec(event(), 0..80),
+    ) {
+        let start = Instant::now();
+        let mut model = model(start);
+        let (mut admin, mut path, mut asked) = (Admin::Ready, Path::Open, Vec::new());
+        for (second, event) in (1..).zip(events) {
+            let now = start + Duration::from_secs(second);
+            let before = stands(&model, a());
+            let change = match event {
+                Event::Check(good) => {
+                    if admin != Admin::Maint {
+                        asked.push(good);
+                    }
+                    model.check_result(a(), result(good), now)
+                }
+                Event::Admin(new) => {
+                    if admin == Admin::Maint && new != Admin::Maint {
+                        asked.clear();
+                    }
+                    admin = new;
+                    model.set_admin(a(), new, now)
+                }
+                Event::Path(new) => {
+                    path = new.clone();
+                    let changes = model.set_path(a().address.ip(), new, now);
+                    changes.into_iter().find(|change| change.backend == a())
+                }
+            };
+            let after = stands(&model, a());
+            let checked = by_runs(&asked, 2, 3);
+            let expected = match (admin, &path) {
+                (Admin::Maint, _) => State::Unknown,
+                (_, Path::Blocked(_)) => State::Down,
+                _ => checked,
+            };
+            prop_assert_eq!(after.0, expected);
+            let takes = admin == Admin::Ready && expected == State::Up;
+            prop_assert_eq!(after.1, if takes { 6 } else { 0 });
+            prop_assert!(after.2 || after.1 == 0, "new flows, but none may stay");
+            // A change is told exactly if something is seen from outside.
+            let seen = (before.0, before.1, before.2) != (after.0, after.1, after.2);
+            prop_assert_eq!(change.is_some(), seen);
+            let since = model.backend(a()).unwrap().since();
+            prop_assert_eq!(since == now, before.0 != after.0);
+            prop_assert!(!after.3.is_empty());
+        }
+    }
+}
