@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{Stream, StreamExt, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt, future, stream};
 use rtnetlink::{
     Handle, MulticastGroup,
     packet_core::{
@@ -28,7 +28,7 @@ use rtnetlink::{
             RouteVia,
         },
     },
-    sys::AsyncSocket,
+    sys::{AsyncSocket, AsyncSocketExt, TokioSocket, protocols::NETLINK_ROUTE},
 };
 
 use super::{
@@ -47,8 +47,20 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// about 200 KiB holds some three hundred.
 const EVENT_BUFFER: u32 = 8 << 20;
 
-/// Unsolicited messages.
-pub(super) type Events = Pin<Box<dyn Stream<Item = NetlinkPayload<RouteNetlinkMessage>> + Send>>;
+/// What the kernel tells unasked.
+pub(super) enum Heard {
+    /// Something changed.
+    Message(RouteNetlinkMessage),
+    /// A next-hop object changed, and any route may go over it.
+    NextHop,
+    /// Messages were lost.
+    Lost,
+    /// No more will be heard.
+    Closed,
+}
+
+/// What the kernel tells, as it comes.
+pub(super) type Events = Pin<Box<dyn Stream<Item = Heard> + Send>>;
 
 /// A netlink socket for questions.
 #[derive(Clone)]
@@ -77,13 +89,23 @@ impl Kernel {
             MulticastGroup::Ipv6Rule,
         ])
         .map_err(Error::Socket)?;
-        // Next-hop objects (Linux 5.3) change routes without a route event.
         let socket = connection.socket_mut().socket_mut();
-        let _ = socket.add_membership(MulticastGroup::Nexthop as u32);
         // Beyond net.core.rmem_max the kernel clamps silently; an overrun is then noticed and mended.
         let _ = socket.set_rx_buf_sz(EVENT_BUFFER);
         tokio::spawn(connection);
-        Ok(events.map(|(message, _)| message.payload).boxed())
+        let heard = events.filter_map(|(message, _)| {
+            future::ready(match message.payload {
+                NetlinkPayload::InnerMessage(message) => Some(Heard::Message(message)),
+                NetlinkPayload::Overrun(_) => Some(Heard::Lost),
+                _ => None,
+            })
+        });
+        let heard = heard.chain(stream::once(future::ready(Heard::Closed)));
+        Ok(match next_hops() {
+            Ok(socket) => stream::select(heard, changes(socket)).boxed(),
+            // Linux before 5.3 has no next-hop objects.
+            Err(_) => heard.boxed(),
+        })
     }
 
     pub(super) async fn interface(&self, name: &str) -> Result<Interface, Error> {
@@ -209,6 +231,30 @@ impl Kernel {
         })
         .await
     }
+}
+
+/// A socket on which the kernel tells of next-hop objects (`ip nexthop`): they change routes, and
+/// with `net.ipv4.nexthop_compat_mode=0` without a route event. The netlink library cannot read these
+/// messages; that there was one is enough.
+fn next_hops() -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+    socket.socket_mut().bind_auto()?;
+    socket
+        .socket_ref()
+        .add_membership(MulticastGroup::Nexthop as u32)?;
+    Ok(socket)
+}
+
+fn changes(socket: TokioSocket) -> impl Stream<Item = Heard> {
+    stream::unfold(socket, |socket| async {
+        match socket.recv_from_full().await {
+            Ok(_) => Some((Heard::NextHop, socket)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                Some((Heard::NextHop, socket))
+            }
+            Err(_) => None,
+        }
+    })
 }
 
 async fn collect<M, T>(

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{runtime, sync::mpsc};
+use tokio::{runtime::Runtime, sync::mpsc};
 
 use super::{Neighbours, NextHop, Resolution, interface, local_addresses, netns::Namespace};
 
@@ -39,7 +39,7 @@ impl Bench {
     fn watch_all(&self, targets: HashSet<IpAddr>) -> Watch {
         let (sender, receiver) = std::sync::mpsc::channel();
         let (events, heard) = mpsc::unbounded_channel();
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let (jobs, mut queue) = mpsc::unbounded_channel::<Box<dyn FnOnce() + Send>>();
         self.balancer.run(move || {
             // A thread inherits the namespace of the one that makes it.
             std::thread::spawn(move || {
@@ -52,7 +52,12 @@ impl Bench {
                                 let _ = events.send(event);
                             }
                         } => {}
-                        _ = stopped => {}
+                        // Ends with the `Watch`.
+                        () = async {
+                            while let Some(job) = queue.recv().await {
+                                job();
+                            }
+                        } => {}
                     }
                 });
             });
@@ -61,7 +66,8 @@ impl Bench {
             handle: receiver.recv().unwrap(),
             heard,
             known: HashMap::new(),
-            _stop: stop,
+            jobs,
+            runtime: runtime(),
         }
     }
 
@@ -78,14 +84,16 @@ struct Watch {
     handle: Neighbours,
     heard: mpsc::UnboundedReceiver<(IpAddr, Resolution)>,
     known: HashMap<IpAddr, Resolution>,
-    _stop: tokio::sync::oneshot::Sender<()>,
+    /// What the task's only thread is to do meanwhile.
+    jobs: mpsc::UnboundedSender<Box<dyn FnOnce() + Send>>,
+    runtime: Runtime,
 }
 
 impl Watch {
     /// Waits until the resolution of `target` satisfies `condition`.
     fn until(&mut self, target: &str, condition: impl Fn(&Resolution) -> bool) -> Resolution {
         let target = address(target);
-        block_on(async {
+        self.runtime.block_on(async {
             let wait = async {
                 loop {
                     if let Some(known) = self.known.get(&target)
@@ -130,12 +138,13 @@ fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+fn runtime() -> Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().unwrap()
+}
+
 fn block_on<F: Future>(future: F) -> F::Output {
-    runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap()
-        .block_on(future)
+    runtime().block_on(future)
 }
 
 const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -268,6 +277,31 @@ fn routes_come_change_and_go() {
 }
 
 #[test]
+fn routes_over_next_hop_objects_are_followed() {
+    let Some(bench) = Bench::new() else { return };
+    bench.balancer.cable("b1", &bench.peer, "p1");
+    bench.balancer.ip("address add 198.19.0.1/24 dev b1");
+    bench.peer.ip("link set p1 address 02:00:00:00:00:12");
+    bench.peer.ip("address add 198.19.0.2/24 dev p1");
+    bench.balancer.ip("nexthop add id 7 via 198.18.0.2 dev b0");
+    bench.balancer.ip("route add 203.0.113.0/24 nhid 7");
+    let mut watch = bench.watch(&["203.0.113.9"]);
+    assert_eq!(watch.resolved("203.0.113.9").destination, PEER);
+    bench
+        .balancer
+        .ip("nexthop replace id 7 via 198.19.0.2 dev b1");
+    watch.until("203.0.113.9", has_mac([2, 0, 0, 0, 0, 0x12]));
+    // The kernel then tells of the object only, not of its routes.
+    bench.balancer.sysctl("net.ipv4.nexthop_compat_mode", "0");
+    bench
+        .balancer
+        .ip("nexthop replace id 7 via 198.18.0.2 dev b0");
+    watch.until("203.0.113.9", has_mac(PEER));
+    bench.balancer.ip("nexthop del id 7");
+    watch.unresolved("203.0.113.9");
+}
+
+#[test]
 fn silence_is_reported_and_asked_again() {
     let Some(bench) = Bench::new() else { return };
     let mut watch = bench.watch(&["198.18.0.77", "2001:db8::77"]);
@@ -350,6 +384,41 @@ fn a_target_that_is_dropped_is_given_back_to_the_kernel() {
     bench.ask(super::release_all()).unwrap();
     let entries = bench.balancer.command("ip", "neighbour show dev b0");
     assert!(!entries.contains("managed"), "{entries}");
+}
+
+#[test]
+fn lost_events_are_made_up_for() {
+    let Some(bench) = Bench::new() else { return };
+    let mut watch = bench.watch(&["198.18.0.2"]);
+    assert_eq!(watch.resolved("198.18.0.2").destination, PEER);
+    // Hold the task up until the socket has lost events, the one that matters among them.
+    let (resume, resumed) = std::sync::mpsc::channel::<()>();
+    let held = watch.jobs.send(Box::new(move || {
+        let _ = resumed.recv();
+    }));
+    assert!(held.is_ok());
+    let many: String = (0..20_000u32)
+        .map(|number| {
+            let base = Ipv4Addr::new(198, 19, 0, 1).to_bits();
+            let address = Ipv4Addr::from_bits(base + number);
+            format!("neighbour add {address} lladdr 02:00:00:00:00:99 nud permanent dev b0\n")
+        })
+        .collect();
+    let path = std::env::temp_dir().join(format!("slc-{}-flood", std::process::id()));
+    std::fs::write(&path, many).unwrap();
+    bench.balancer.ip(&format!("-batch {}", path.display()));
+    std::fs::remove_file(&path).unwrap();
+    bench
+        .balancer
+        .ip("neighbour replace 198.18.0.2 lladdr 02:00:00:00:00:05 nud permanent dev b0");
+    let sockets = bench.balancer.command("cat", "/proc/net/netlink");
+    let lost = sockets.lines().skip(1).any(|line| {
+        let drops = line.split_whitespace().nth(8);
+        drops.is_some_and(|drops| drops != "0")
+    });
+    assert!(lost, "the flood was too small to lose events:\n{sockets}");
+    resume.send(()).unwrap();
+    watch.until("198.18.0.2", has_mac([2, 0, 0, 0, 0, 5]));
 }
 
 #[test]

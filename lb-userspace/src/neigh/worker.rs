@@ -8,16 +8,16 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, stream};
-use rtnetlink::{packet_core::NetlinkPayload, packet_route::RouteNetlinkMessage};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior},
 };
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::{
     Error, Resolution,
-    kernel::{self, Events, Kernel},
+    kernel::{self, Events, Heard, Kernel},
     table::{Hop, Path, Reachability, Table, contains},
 };
 
@@ -51,6 +51,7 @@ pub(super) fn spawn(
         review: HashSet::new(),
         unused: HashSet::new(),
         stale_tables: true,
+        deaf: false,
     };
     tokio::spawn(worker.run(wanted, heard));
     Ok(())
@@ -82,6 +83,8 @@ struct Worker {
     unused: HashSet<Hop>,
     /// Events were lost, or never heard: read everything.
     stale_tables: bool,
+    /// Nothing more will be heard.
+    deaf: bool,
 }
 
 impl Worker {
@@ -101,15 +104,15 @@ impl Worker {
                     let targets = wanted.borrow_and_update().clone();
                     self.set_targets(targets);
                 }
-                message = heard.next() => {
-                    let Some(message) = message else {
-                        warn!("the netlink socket closed; next hops are no longer kept fresh");
-                        return;
-                    };
-                    self.hear(message);
+                Some(event) = heard.next() => {
+                    self.hear(event);
                     // All that is there before anything is said: only the last state counts.
-                    while let Some(Some(message)) = heard.next().now_or_never() {
-                        self.hear(message);
+                    while let Some(Some(event)) = heard.next().now_or_never() {
+                        self.hear(event);
+                    }
+                    if self.deaf {
+                        error!("the netlink socket closed; next hops are no longer kept fresh");
+                        return;
                     }
                 }
                 _ = retry.tick() => self.retry().await,
@@ -153,15 +156,19 @@ impl Worker {
         }
     }
 
-    fn hear(&mut self, payload: NetlinkPayload<RouteNetlinkMessage>) {
-        let message = match payload {
-            NetlinkPayload::InnerMessage(message) => message,
-            NetlinkPayload::Overrun(_) => {
+    fn hear(&mut self, event: Heard) {
+        let message = match event {
+            Heard::Message(message) => message,
+            Heard::NextHop => return self.reroute_all(),
+            Heard::Lost => {
                 debug!("netlink events were lost; reading everything");
                 self.stale_tables = true;
                 return;
             }
-            _ => return,
+            Heard::Closed => {
+                self.deaf = true;
+                return;
+            }
         };
         match message {
             RouteNetlinkMessage::NewNeighbour(message) => {
@@ -221,7 +228,7 @@ impl Worker {
                     self.reroute.extend(concerned);
                 }
             }
-            // Rules, next-hop objects: whatever they change, all routes may be others now.
+            // Rules: whatever they change, all routes may be others now.
             _ => self.reroute_all(),
         }
     }
