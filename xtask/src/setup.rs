@@ -3,15 +3,17 @@
 //! Every need is checked by itself and quickly; where all is there nothing is run and nothing is said.
 
 use std::{
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     bpf, lint,
-    run::{as_root, as_root_with, find, output, run, shown, step, succeeds},
+    run::{as_root, as_root_with, find, output, run, shown, step, succeeds, timed},
 };
 
 /// The release of bpf-linker that is installed.
@@ -348,18 +350,43 @@ fn install(packages: &[&str]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    step(&format!("apt-get install {}", packages.join(" ")));
-    let mut command = apt_get()?;
-    command
-        .args([
-            "-q",
-            "-y",
-            "--no-install-recommends",
-            "--no-remove",
-            "install",
-        ])
-        .args(packages);
-    run(&mut command)
+    timed(&format!("apt-get install {}", packages.join(" ")), || {
+        let mut command = apt_get()?;
+        command
+            .args(["-q", "-y", "--no-install-recommends", "--no-remove"])
+            .arg("install")
+            .args(packages);
+        run_apt(&mut command)
+    })
+}
+
+/// Runs apt-get: its thousand lines become one now and then; all that it said comes out where it fails.
+fn run_apt(command: &mut Command) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start `{}`", shown(command)))?;
+    let stdout = child.stdout.take().context("a pipe was asked for")?;
+    let mut said = Vec::new();
+    let (mut unpacked, mut ready) = (0, 0);
+    let mut last = Instant::now();
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        unpacked += u32::from(line.starts_with("Unpacking "));
+        ready += u32::from(line.starts_with("Setting up "));
+        said.push(line);
+        if last.elapsed() > Duration::from_secs(5) {
+            last = Instant::now();
+            eprintln!("    {unpacked} packages unpacked, {ready} of them set up");
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        said.iter().for_each(|line| eprintln!("    {line}"));
+        bail!("`{}` failed ({status})", shown(command));
+    }
+    Ok(())
 }
 
 /// Where systemd runs, a package that brings a server starts it: the tests start their own, in namespaces.
