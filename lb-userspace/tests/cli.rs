@@ -1,6 +1,9 @@
 //! The real binary: exit codes, one-line errors, and listings from a server on a real socket.
 
-use sluice::api::{ConnectionFilter, Control, Failure, Reply, server::Server, types};
+use sluice::{
+    api::{ConnectionFilter, Control, Failure, Reply, server::Server, types},
+    dataplane::Dataplane,
+};
 use std::{
     fs,
     io::{BufRead as _, BufReader},
@@ -421,4 +424,121 @@ fn output_that_cannot_be_written_is_a_failure() {
         error.starts_with("sluice: cannot write to standard output: "),
         "{error}"
     );
+}
+
+/// A pin directory that is taken away in the end, whatever is in it.
+struct Pins(PathBuf);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(entry.path());
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn maps_are_read_and_removed_without_a_daemon() {
+    // SAFETY: a plain system call.
+    if unsafe { libc::geteuid() } != 0 {
+        eprintln!("skipped: only root may load BPF programs");
+        return;
+    }
+    let directory = Directory::new();
+    let pins = Pins(format!("/sys/fs/bpf/slc-cli-{}", std::process::id()).into());
+    let path = pins.0.to_str().unwrap();
+    let config = directory.file("sluice.toml");
+    let socket = directory.file("control.sock");
+    let text = format!(
+        "[daemon]\ninterfaces = [\"eth0\"]\npin_path = \"{path}\"\nsocket = {socket:?}\n\
+         [limits]\nflows = 1024\nservices = 16\nbackends = 32\nslots = 65536\n"
+    );
+    fs::write(&config, text).unwrap();
+    let config_path = config.to_str().unwrap();
+
+    let none = fails(sluice(&["map", "list", "--pin-path", path]));
+    assert!(none.contains(path) && none.contains("sluice run"), "{none}");
+
+    let parsed = sluice::config::Config::load(&config).unwrap();
+    let settings = lb_common::abi::Settings {
+        nat_port_seed: 7,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    let dataplane = Dataplane::open(&parsed.daemon, &parsed.limits, settings).unwrap();
+    let backend = lb_common::backend::Backend {
+        addr: lb_common::addr::from_ip("10.0.0.11".parse().unwrap()),
+        port: 3001u16.to_be(),
+        family: lb_common::addr::FAMILY_V4,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    dataplane.maps.backends.store(1, backend);
+    drop(dataplane);
+
+    let list = prints(sluice(&["map", "list", "--pin-path", path]));
+    assert!(
+        list.starts_with("Map") && list.lines().any(|l| l.starts_with("backends")),
+        "{list}"
+    );
+    let json = prints(sluice(&["map", "list", "--pin-path", path, "-o", "json"]));
+    let maps: Vec<types::MapStatus> = serde_json::from_str(&json).unwrap();
+    assert!(
+        maps.iter()
+            .any(|map| map.name == "backends" && map.max_entries == 33),
+        "{json}"
+    );
+
+    let dump = prints(sluice(&["map", "dump", "backends", "--pin-path", path]));
+    assert_eq!(dump.lines().count(), 2, "{dump}");
+    assert!(
+        dump.starts_with("backend  ") && dump.contains("10.0.0.11  3001"),
+        "{dump}"
+    );
+    let json = prints(sluice(&[
+        "map",
+        "dump",
+        "backends",
+        "--pin-path",
+        path,
+        "-o",
+        "json",
+    ]));
+    let entries: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (&entries[0]["backend"], &entries[0]["port"]),
+        (&1.into(), &3001.into())
+    );
+    let empty = prints(sluice(&[
+        "map",
+        "dump",
+        "flows4",
+        "--pin-path",
+        path,
+        "-o",
+        "json",
+    ]));
+    assert_eq!(empty, "[]\n");
+    let unknown = fails(sluice(&["map", "dump", "flow", "--pin-path", path]));
+    assert!(
+        unknown.contains("\"flow\"") && unknown.contains("flows4"),
+        "{unknown}"
+    );
+
+    // In a network namespace of its own: the neighbour entries it hands back are not this host's.
+    let detach = || {
+        let mut command = Command::new("unshare");
+        command.args([
+            "--net",
+            env!("CARGO_BIN_EXE_sluice"),
+            "detach",
+            "--config",
+            config_path,
+        ]);
+        command.env_remove("SLUICE_SOCKET");
+        command
+    };
+    let removed = prints(detach());
+    assert!(removed.contains("removed map backends"), "{removed}");
+    assert!(!pins.0.exists());
+    assert_eq!(prints(detach()), format!("nothing to remove in {path}\n"));
 }

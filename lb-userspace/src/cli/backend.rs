@@ -54,7 +54,7 @@ pub(super) fn admin(admin: &str) -> Cell {
     Cell::coloured(admin, (admin != "ready").then_some(Colour::Yellow))
 }
 
-fn list(backends: &[types::Backend], wide: bool) -> Table {
+fn list(backends: &[types::Backend], wide: bool) -> Table<'static> {
     let mut titles = vec![
         "Service",
         "Name",

@@ -103,7 +103,7 @@ impl Command {
     }
 }
 
-fn list(connections: &[types::Connection], wide: bool) -> Table {
+fn list(connections: &[types::Connection], wide: bool) -> Table<'static> {
     let mut titles = vec![
         "pro",
         ">expire",

@@ -10,7 +10,7 @@ use std::{
     ffi::OsStr,
     fmt::Write as _,
     future::Future,
-    io::{self, ErrorKind, IsTerminal as _, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
 };
@@ -19,7 +19,9 @@ mod backend;
 mod config;
 mod conn;
 mod demo;
+mod detach;
 mod generate;
+mod map;
 mod output;
 mod service;
 mod stats;
@@ -40,7 +42,13 @@ A service is addressed by its name or by VIP:port/protocol, such as 198.51.100.1
 Exit status: 0 done, 1 refused or failed, 2 wrong usage.")]
 struct Cli {
     /// Control socket of the daemon [default: /run/sluice/control.sock].
-    #[arg(long, global = true, value_name = "PATH", env = "SLUICE_SOCKET")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "SLUICE_SOCKET",
+        display_order = 100
+    )]
     socket: Option<PathBuf>,
 
     #[command(subcommand)]
@@ -50,6 +58,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Stop(stop::Args),
+    Detach(detach::Args),
     #[command(subcommand)]
     Config(config::Command),
     #[command(subcommand)]
@@ -60,6 +69,8 @@ enum Command {
     Conn(conn::Command),
     Stats(stats::Args),
     Status(status::Args),
+    #[command(subcommand)]
+    Map(map::Command),
     Demo(demo::Args),
     #[command(name = crate::demo::SUBCOMMAND, hide = true)]
     DemoBackend(demo::Backend),
@@ -70,6 +81,8 @@ enum Command {
 /// What the commands that ask the daemon share.
 struct Context {
     client: Client,
+    /// Whether the operator has said which control socket.
+    socket_given: bool,
     /// Whether standard output understands colours.
     colour: bool,
 }
@@ -91,6 +104,7 @@ pub fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<String> {
     let context = Context {
+        socket_given: cli.socket.is_some(),
         client: Client::new(cli.socket.unwrap_or_else(|| Daemon::SOCKET.into())),
         colour: wants_colour(
             io::stdout().is_terminal(),
@@ -100,12 +114,14 @@ fn run(cli: Cli) -> Result<String> {
     };
     match cli.command {
         Command::Stop(args) => wait(args.run(&context)),
+        Command::Detach(args) => wait(args.run(context)),
         Command::Config(command) => command.run(),
         Command::Service(command) => wait(command.run(&context)),
         Command::Backend(command) => wait(command.run(&context)),
         Command::Conn(command) => wait(command.run(&context)),
         Command::Stats(args) => wait(args.run(&context)),
         Command::Status(args) => wait(args.run(&context)),
+        Command::Map(command) => wait(command.run(&context)),
         Command::Demo(args) => args.run().map(|()| String::new()),
         Command::DemoBackend(args) => wait(args.run()).map(|()| String::new()),
         Command::Completions(args) => Ok(args.run()),
@@ -123,15 +139,9 @@ fn wait<T>(command: impl Future<Output = Result<T>>) -> Result<T> {
 }
 
 fn print(text: &str) -> Result<()> {
-    let mut stdout = io::stdout().lock();
-    match stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
-        // The reader has seen enough: `sluice conn list | head`.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to standard output"),
-    }
+    let mut stdout = output::Stdout::new();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
 }
 
 /// See <https://no-color.org>: any value but the empty one turns colours off.

@@ -3,7 +3,10 @@
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use serde::Serialize;
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    io::{self, BufWriter, ErrorKind, StdoutLock},
+};
 
 /// How a listing is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -68,15 +71,47 @@ impl<T: Into<String>> From<T> for Cell {
     }
 }
 
+/// Standard output, buffered. A reader that has seen enough (`sluice conn list | head`) ends the
+/// process quietly: whatever writes here has nothing else to do.
+pub(super) struct Stdout(BufWriter<StdoutLock<'static>>);
+
+impl Stdout {
+    pub(super) fn new() -> Self {
+        Self(BufWriter::new(io::stdout().lock()))
+    }
+
+    fn judge<T>(result: io::Result<T>) -> io::Result<T> {
+        match result {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+            result => result.map_err(|error| {
+                io::Error::new(
+                    error.kind(),
+                    format!("cannot write to standard output: {error}"),
+                )
+            }),
+        }
+    }
+}
+
+impl io::Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Self::judge(self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Self::judge(self.0.flush())
+    }
+}
+
 /// Aligned columns. A title that begins with `>` makes its column align right.
 #[derive(Debug)]
-pub(super) struct Table {
-    titles: Vec<&'static str>,
+pub(super) struct Table<'a> {
+    titles: Vec<&'a str>,
     rows: Vec<Vec<Cell>>,
 }
 
-impl Table {
-    pub(super) fn new(titles: impl IntoIterator<Item = &'static str>) -> Self {
+impl<'a> Table<'a> {
+    pub(super) fn new(titles: impl IntoIterator<Item = &'a str>) -> Self {
         Self {
             titles: titles.into_iter().collect(),
             rows: Vec::new(),
@@ -89,6 +124,16 @@ impl Table {
     }
 
     pub(super) fn render(&self, colour: bool) -> String {
+        self.write(&mut Vec::new(), true, colour)
+    }
+
+    /// A part of a table that is too long to be held: columns are at least as wide as `widths`,
+    /// which are those of the parts before.
+    pub(super) fn render_part(&self, widths: &mut Vec<usize>, heading: bool) -> String {
+        self.write(widths, heading, false)
+    }
+
+    fn write(&self, widths: &mut Vec<usize>, heading: bool, colour: bool) -> String {
         let columns: Vec<(&str, bool)> = self
             .titles
             .iter()
@@ -98,17 +143,19 @@ impl Table {
                     .map_or((*title, false), |title| (title, true))
             })
             .collect();
-        let width = |(index, (title, _)): (usize, &(&str, bool))| {
+        widths.resize(columns.len(), 0);
+        for (index, (title, _)) in columns.iter().enumerate() {
             let cells = self.rows.iter().map(|row| row[index].text.chars().count());
-            cells.max().unwrap_or(0).max(title.chars().count())
-        };
-        let widths: Vec<usize> = columns.iter().enumerate().map(width).collect();
-        let heading: Vec<Cell> = columns
+            let widest = cells.max().unwrap_or(0).max(title.chars().count());
+            widths[index] = widths[index].max(widest);
+        }
+        let titles: Vec<Cell> = columns
             .iter()
             .map(|(title, _)| Cell::from(*title))
             .collect();
+        let titles = heading.then_some(&titles);
         let mut text = String::new();
-        for row in std::iter::once(&heading).chain(&self.rows) {
+        for row in titles.into_iter().chain(&self.rows) {
             let mut line = String::new();
             for (index, cell) in row.iter().enumerate() {
                 let gap = if index == 0 { "" } else { "  " };

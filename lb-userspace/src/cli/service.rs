@@ -74,7 +74,7 @@ struct WithBackends {
     backends: Vec<types::Backend>,
 }
 
-fn list(services: &[types::Service], wide: bool) -> Table {
+fn list(services: &[types::Service], wide: bool) -> Table<'static> {
     let mut titles = vec![
         "Name",
         "Listen",

@@ -167,7 +167,7 @@ fn label(service: &str, backend: Option<&str>) -> Cell {
     )
 }
 
-fn table(rows: &[Row], wide: bool) -> Table {
+fn table(rows: &[Row], wide: bool) -> Table<'static> {
     let mut titles = vec![
         "Service/Backend",
         ">Conns",
@@ -203,7 +203,7 @@ fn table(rows: &[Row], wide: bool) -> Table {
     table
 }
 
-fn rate_table(rates: &[Rate]) -> Table {
+fn rate_table(rates: &[Rate]) -> Table<'static> {
     let mut table = Table::new([
         "Service/Backend",
         ">CPS",
@@ -225,7 +225,7 @@ fn rate_table(rates: &[Rate]) -> Table {
     table
 }
 
-fn drop_table(drops: &[types::Drops]) -> Table {
+fn drop_table(drops: &[types::Drops]) -> Table<'static> {
     let mut table = Table::new(["Reason", ">Packets"]);
     for drop in drops {
         table.row(vec![

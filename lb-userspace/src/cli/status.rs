@@ -86,22 +86,27 @@ fn show(status: &types::Status, wide: bool, colour: bool) -> String {
             count(program.verified_instructions.into()).into(),
         ]);
     }
-    let mut maps = Table::new(["Map", ">Entries", ">Max", ">Full"]);
-    for map in &status.maps {
+    for table in [interfaces, programs, maps(&status.maps, wide)] {
+        let _ = write!(text, "\n{}", table.render(colour));
+    }
+    text
+}
+
+/// How full the maps are; `wide` gives exact numbers.
+pub(super) fn maps(maps: &[types::MapStatus], wide: bool) -> Table<'static> {
+    let mut table = Table::new(["Map", ">Entries", ">Max", ">Full"]);
+    for map in maps {
         let percent = map.entries.saturating_mul(100) / map.max_entries.max(1);
         let exact = |n: u64| if wide { n.to_string() } else { count(n) };
         let full = (percent >= NEARLY_FULL).then_some(Colour::Red);
-        maps.row(vec![
+        table.row(vec![
             map.name.as_str().into(),
             exact(map.entries).into(),
             exact(map.max_entries).into(),
             Cell::coloured(format!("{percent}%"), full),
         ]);
     }
-    for table in [interfaces, programs, maps] {
-        let _ = write!(text, "\n{}", table.render(colour));
-    }
-    text
+    table
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `sluice stop`.
 
 use super::Context;
+use crate::api::client::Client;
 use anyhow::{Context as _, Result, bail};
 use std::{
     io,
@@ -25,21 +26,27 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Args {
     pub(super) async fn run(self, context: &Context) -> Result<String> {
-        let pid = context.client.daemon_pid().await?;
-        // Opened before the daemon is told, so that the number cannot belong to another process.
-        let process = pid.map(open_process).transpose()?;
-        context.client.stop().await?;
-        let Some((pid, process)) = pid.zip(process) else {
-            return Ok("daemon is stopping; traffic flows on\n".to_owned());
-        };
-        if !ends_within(&process, PATIENCE).context("cannot watch the daemon")? {
-            bail!(
-                "daemon (pid {pid}): told to stop but still running after {} s; see its log, or end it with: kill -9 {pid}",
-                PATIENCE.as_secs()
-            );
-        }
-        Ok(format!("daemon (pid {pid}) stopped; traffic flows on\n"))
+        let stopped = stop(&context.client).await?;
+        Ok(format!("{stopped}; traffic flows on\n"))
     }
+}
+
+/// Stops the daemon, waits for its end and says so.
+pub(super) async fn stop(client: &Client) -> Result<String> {
+    let pid = client.daemon_pid().await?;
+    // Opened before the daemon is told, so that the number cannot belong to another process.
+    let process = pid.map(open_process).transpose()?;
+    client.stop().await?;
+    let Some((pid, process)) = pid.zip(process) else {
+        return Ok("daemon is stopping".to_owned());
+    };
+    if !ends_within(&process, PATIENCE).context("cannot watch the daemon")? {
+        bail!(
+            "daemon (pid {pid}): told to stop but still running after {} s; see its log, or end it with: kill -9 {pid}",
+            PATIENCE.as_secs()
+        );
+    }
+    Ok(format!("daemon (pid {pid}) stopped"))
 }
 
 /// A descriptor that becomes readable when the process ends.
