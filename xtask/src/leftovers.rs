@@ -4,9 +4,13 @@
 //! `sluice-demo-<pid>…`). It belongs to a dead run when that process is gone; what belongs to a live one is never touched.
 
 use std::{
+    ffi::OsStr,
     fmt, fs,
     path::{Path, PathBuf},
+    process::Stdio,
 };
+
+use anyhow::Result;
 
 use crate::run::{as_root, output, run};
 
@@ -52,7 +56,7 @@ impl fmt::Display for Leftover {
 }
 
 /// All that dead runs left, in the order in which it is to be removed.
-pub fn find() -> Vec<Leftover> {
+fn find() -> Vec<Leftover> {
     let mut found = Vec::new();
     for namespace in names("/run/netns") {
         found.extend(processes(&namespace));
@@ -75,24 +79,29 @@ pub fn find() -> Vec<Leftover> {
 }
 
 /// Removes one, as root.
-pub fn remove(leftover: &Leftover) -> anyhow::Result<()> {
-    match leftover {
-        Leftover::Process { pid, .. } => run(as_root("kill")?.args(["-KILL", &pid.to_string()])),
-        Leftover::Namespace(name) => run(as_root("ip")?.args(["netns", "del", name])),
-        Leftover::Link(name) => run(as_root("ip")?.args(["link", "del", name])),
-        Leftover::Pin(path) | Leftover::File(path) => run(as_root("rm")?.arg("-rf").arg(path)),
-    }
+fn remove(leftover: &Leftover) -> Result<()> {
+    let (program, arguments): (_, [&OsStr; 3]) = match leftover {
+        Leftover::Process { pid, .. } => {
+            return run(as_root("kill")?.args(["-KILL", &pid.to_string()]));
+        }
+        Leftover::Namespace(name) => ("ip", ["netns".as_ref(), "del".as_ref(), name.as_ref()]),
+        Leftover::Link(name) => ("ip", ["link".as_ref(), "del".as_ref(), name.as_ref()]),
+        Leftover::Pin(path) | Leftover::File(path) => {
+            ("rm", ["-rf".as_ref(), "--".as_ref(), path.as_ref()])
+        }
+    };
+    // Its complaint would mislead where one end of a veth has taken the other with it.
+    run(as_root(program)?.args(arguments).stderr(Stdio::null()))
 }
 
 /// Removes all that dead runs left, and returns what it was.
 pub fn clean() -> Vec<Leftover> {
     let found = find();
     for leftover in &found {
-        if let Err(error) = remove(leftover) {
-            // One end of a veth takes the other with it: only what is still there is worth a word.
-            if find().contains(leftover) {
-                eprintln!("xtask: {leftover} stays: {error:#}");
-            }
+        if let Err(error) = remove(leftover)
+            && find().contains(leftover)
+        {
+            eprintln!("xtask: {leftover} stays: {error:#}");
         }
     }
     found

@@ -19,6 +19,9 @@ use crate::{
 /// The release of bpf-linker that is installed.
 const LINKER_VERSION: &str = "0.13.0";
 
+/// Where ready ones are, for machines that cannot build it.
+const LINKER_RELEASES: &str = "https://github.com/aya-rs/bpf-linker/releases";
+
 /// The LLVM versions that this release links against.
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 
@@ -271,7 +274,7 @@ fn by_hand(family: Family, lacking: &[&Need], toolchain: bool) -> String {
     }
     if toolchain && bpf::find_linker().is_none() {
         lines.push(format!(
-            "put bpf-linker {LINKER_VERSION} or later, from https://github.com/aya-rs/bpf-linker/releases, into ~/.cargo/bin"
+            "put bpf-linker {LINKER_VERSION} or later, from {LINKER_RELEASES}, into ~/.cargo/bin"
         ));
     }
     lines.join("\n  ")
@@ -449,7 +452,7 @@ fn install_linker() -> Result<()> {
     if !LINKER_LLVM.contains(&llvm) {
         bail!(
             "bpf-linker {LINKER_VERSION} works with LLVM {} to {}, and {compiler} has LLVM {llvm}; \
-             put a bpf-linker for it from https://github.com/aya-rs/bpf-linker/releases into ~/.cargo/bin",
+             put a bpf-linker for it from {LINKER_RELEASES} into ~/.cargo/bin",
             LINKER_LLVM.start(),
             LINKER_LLVM.end()
         );
@@ -463,7 +466,7 @@ fn install_linker() -> Result<()> {
         "g++",
     ];
     install(&packages).with_context(|| {
-        format!("LLVM {llvm}, which bpf-linker is built on, is not to be had; https://apt.llvm.org has it")
+        format!("no LLVM {llvm} to build bpf-linker on; add https://apt.llvm.org, or put a bpf-linker from {LINKER_RELEASES} into ~/.cargo/bin")
     })?;
     step("cargo install bpf-linker (a minute or so)");
     let mut command = Command::new("cargo");

@@ -35,7 +35,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// What to run.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Only tests whose names contain this; the name of a test program (a crate, or a file under tests/) means all of its tests
+    /// Only tests whose names contain this; the name of a package, or of a file under tests/, chooses that one
     filter: Vec<String>,
     /// Leave out the tests marked as slow (`#[ignore]`)
     #[arg(long)]
@@ -55,7 +55,7 @@ pub fn command(options: &Options) -> Result<()> {
     catch_signals();
     let mut all = Tally::default();
     for program in selected {
-        let outcome = run_program(program, &sluice, filter, options.quick);
+        let outcome = run_program(program, &sluice, &filter, options.quick);
         all.add(outcome.unwrap_or_else(|error| broken(&program.target, &format!("{error:#}"))));
         for leak in leftovers::clean() {
             all.failures
@@ -66,7 +66,7 @@ pub fn command(options: &Options) -> Result<()> {
         }
     }
     if filter.len() == options.filter.len() {
-        all.add(run_doc_tests(filter)?);
+        all.add(run_doc_tests(&filter)?);
         if interrupted() {
             bail!("interrupted");
         }
@@ -109,24 +109,20 @@ fn build() -> Result<Vec<Executable>> {
     Ok(programs)
 }
 
-/// The test programs to run, those that need no root first, and the filter left for them.
-fn select<'a>(
-    programs: &'a [Executable],
-    filter: &'a [String],
-) -> (Vec<&'a Executable>, &'a [String]) {
+/// The test programs to run, those that need no root first, and the words that narrow down their tests.
+///
+/// Words that name a program or package choose it; without any, all are chosen.
+fn select<'a>(programs: &'a [Executable], words: &[String]) -> (Vec<&'a Executable>, Vec<String>) {
     let mut tests: Vec<_> = programs.iter().filter(|program| program.is_test).collect();
-    tests.sort_by_key(|program| {
-        (
-            needs_root(program),
-            program.package.clone(),
-            program.target.clone(),
-        )
-    });
-    let named = |program: &&Executable| {
-        filter.contains(&program.target) || filter.contains(&program.package)
-    };
-    if tests.iter().any(named) {
-        return (tests.into_iter().filter(named).collect(), &[]);
+    tests.sort_by_key(|program| (needs_root(program), &program.package, &program.target));
+    let names =
+        |program: &Executable, word: &String| [&program.target, &program.package].contains(&word);
+    let (chosen, filter): (Vec<String>, _) = words
+        .iter()
+        .cloned()
+        .partition(|word| tests.iter().any(|program| names(program, word)));
+    if !chosen.is_empty() {
+        tests.retain(|program| chosen.iter().any(|word| names(program, word)));
     }
     (tests, filter)
 }
@@ -325,9 +321,13 @@ mod tests {
         let filter = ["packets".to_owned()];
         let (selected, rest) = select(&programs, &filter);
         assert_eq!((targets(&selected), rest.len()), (vec!["packets"], 0));
+        let filter = ["lb-userspace".to_owned(), "maglev".to_owned()];
+        let (selected, rest) = select(&programs, &filter);
+        assert_eq!(targets(&selected), ["sluice"]);
+        assert_eq!(rest, ["maglev"]);
         let filter = ["maglev".to_owned()];
         let (selected, rest) = select(&programs, &filter);
-        assert_eq!((selected.len(), rest), (3, &filter[..]));
+        assert_eq!((selected.len(), rest), (3, filter.to_vec()));
     }
 
     fn shell(script: &str) -> Command {
