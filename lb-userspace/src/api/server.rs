@@ -76,17 +76,23 @@ impl Server {
     ///
     /// A socket file that nobody answers on is replaced; one that a daemon answers on is refused.
     pub async fn bind(socket: &Path, http: Option<SocketAddr>) -> Result<Self> {
+        // First of all: a second daemon with the same configuration is to hear of the first.
+        let unix = bind_control_socket(socket).await?;
         let tcp = match http {
-            Some(address) => Some(TcpListener::bind(address).await.with_context(|| {
-                format!(
-                    "daemon.http {address}: cannot listen; is the address this host's and free?"
-                )
-            })?),
+            Some(address) => match TcpListener::bind(address).await {
+                Ok(tcp) => Some(tcp),
+                Err(error) => {
+                    remove_socket(socket);
+                    bail!(
+                        "daemon.http {address}: cannot listen: {error}; is the address this host's, and the port free?"
+                    );
+                }
+            },
             None => None,
         };
         Ok(Self {
             socket: socket.to_owned(),
-            unix: bind_control_socket(socket).await?,
+            unix,
             tcp,
         })
     }
@@ -743,7 +749,8 @@ mod tests {
             fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
             0o600
         );
-        let error = Server::bind(&socket, None).await.unwrap_err().to_string();
+        let taken = Server::bind(&socket, Some(running.http)).await;
+        let error = taken.unwrap_err().to_string();
         let expected = format!(
             "another daemon (pid {}) is running on {}; stop it with: sluice stop",
             std::process::id(),
@@ -771,6 +778,20 @@ mod tests {
         let error = Server::bind(&socket, None).await.unwrap_err().to_string();
         assert!(error.contains("something else is there"), "{error}");
         assert_eq!(fs::read_to_string(&socket).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_taken_tcp_address_is_named_and_leaves_no_socket() {
+        let running = Running::start().await;
+        let directory = Directory::new();
+        let taken = Server::bind(&directory.socket(), Some(running.http)).await;
+        let error = taken.unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("daemon.http {}: ", running.http)),
+            "{error}"
+        );
+        assert!(!directory.socket().exists());
+        running.finish().await;
     }
 
     #[tokio::test]
