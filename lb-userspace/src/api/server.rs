@@ -5,7 +5,7 @@ use crate::{
     config::{BackendSelector, SelectError, ServiceSelector},
     metrics,
 };
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use axum::{
     Json, Router,
     extract::{
@@ -66,7 +66,8 @@ const ROUTES: [(&str, &str); 11] = [
 /// is touched.
 #[derive(Debug)]
 pub struct Server {
-    socket: PathBuf,
+    // Before the listener, so that it goes first.
+    file: SocketFile,
     unix: UnixListener,
     tcp: Option<TcpListener>,
 }
@@ -78,23 +79,14 @@ impl Server {
     pub async fn bind(socket: &Path, http: Option<SocketAddr>) -> Result<Self> {
         // First of all: a second daemon with the same configuration is to hear of the first.
         let unix = bind_control_socket(socket).await?;
+        let file = SocketFile(socket.to_owned());
         let tcp = match http {
-            Some(address) => match TcpListener::bind(address).await {
-                Ok(tcp) => Some(tcp),
-                Err(error) => {
-                    remove_socket(socket);
-                    bail!(
-                        "daemon.http {address}: cannot listen: {error}; is the address this host's, and the port free?"
-                    );
-                }
-            },
+            Some(address) => Some(TcpListener::bind(address).await.map_err(|error| {
+                anyhow!("daemon.http {address}: cannot listen: {error}; is the address this host's, and the port free?")
+            })?),
             None => None,
         };
-        Ok(Self {
-            socket: socket.to_owned(),
-            unix,
-            tcp,
-        })
+        Ok(Self { file, unix, tcp })
     }
 
     /// The TCP address in use, if any.
@@ -131,9 +123,7 @@ impl Server {
         tokio::select! {
             result = &mut serving => result.map(drop).context("the API server failed"),
             () = end => {
-                // Before the listener closes: a daemon that starts now finds either no file or
-                // one that answers, never one that is removed under its feet.
-                remove_socket(&self.socket);
+                drop(self.file);
                 end_sender.send_replace(true);
                 // A client that does not read must not keep the daemon alive.
                 let _ = tokio::time::timeout(GRACE, serving).await;
@@ -148,11 +138,20 @@ async fn ended(mut end: watch::Receiver<bool>) {
     let _ = end.wait_for(|end| *end).await;
 }
 
-fn remove_socket(socket: &Path) {
-    if let Err(error) = fs::remove_file(socket)
-        && error.kind() != ErrorKind::NotFound
-    {
-        tracing::warn!("{}: cannot remove: {error}", socket.display());
+/// The file of a control socket that listens; dropping it removes it.
+///
+/// Always before the listener closes: a daemon that starts then finds either no file or one that
+/// answers, never one that is removed under its feet.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0)
+            && error.kind() != ErrorKind::NotFound
+        {
+            tracing::warn!("{}: cannot remove: {error}", self.0.display());
+        }
     }
 }
 
@@ -773,7 +772,10 @@ mod tests {
         assert!(socket.exists());
         drop(Server::bind(&socket, None).await.unwrap());
 
-        fs::remove_file(&socket).unwrap();
+        assert!(
+            !socket.exists(),
+            "a server that never served leaves its file"
+        );
         fs::write(&socket, "precious").unwrap();
         let error = Server::bind(&socket, None).await.unwrap_err().to_string();
         assert!(error.contains("something else is there"), "{error}");
