@@ -193,6 +193,16 @@ pub fn fields(frame: &[u8]) -> Vec<(&'static str, String)> {
     out
 }
 
+/// Source and destination port of a TCP or UDP packet.
+#[must_use]
+pub fn ports(frame: &[u8]) -> Option<(u16, u16)> {
+    match SlicedPacket::from_ethernet(frame).ok()?.transport? {
+        TransportSlice::Tcp(t) => Some((t.source_port(), t.destination_port())),
+        TransportSlice::Udp(u) => Some((u.source_port(), u.destination_port())),
+        _ => None,
+    }
+}
+
 fn mac(bytes: &[u8]) -> String {
     bytes
         .iter()

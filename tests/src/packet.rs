@@ -244,6 +244,53 @@ pub fn tcp(family: Family) -> Packet {
     )
 }
 
+/// A TCP segment or UDP datagram, by protocol number.
+#[must_use]
+pub fn transport(family: Family, protocol: u8) -> Packet {
+    match protocol {
+        6 => tcp(family),
+        17 => udp(family),
+        other => panic!("protocol {other} has no ports"),
+    }
+}
+
+/// What a backend sends back: `transport` from it to the balancer's port.
+#[must_use]
+pub fn reply(family: Family, protocol: u8, backend: Host, port: u16, nat_port: u16) -> Packet {
+    transport(family, protocol)
+        .macs(backend.mac, BALANCER.mac)
+        .from(backend, port)
+        .to(BALANCER, nat_port)
+}
+
+/// The RST that answers a TCP segment nobody takes (RFC 9293 section 3.10.7.1), sent back the way
+/// it came.
+#[must_use]
+pub fn reset_for(segment: &Packet) -> Packet {
+    let Transport::Tcp(received) = &segment.transport else {
+        panic!("only TCP is answered with RST");
+    };
+    let mut packet = tcp(segment.family)
+        .macs(segment.dst_mac, segment.src_mac)
+        .rst();
+    (packet.src, packet.sport) = (segment.dst, segment.dport);
+    (packet.dst, packet.dport) = (segment.src, segment.sport);
+    packet.vlans.clone_from(&segment.vlans);
+    (packet.id, packet.flow_label) = (0, 0);
+    let answer = packet.tcp_mut();
+    answer.window_size = 0;
+    if received.ack {
+        answer.sequence_number = received.acknowledgment_number;
+    } else {
+        let consumed =
+            segment.payload.len() as u32 + u32::from(received.syn) + u32::from(received.fin);
+        answer.sequence_number = 0;
+        answer.ack = true;
+        answer.acknowledgment_number = received.sequence_number.wrapping_add(consumed);
+    }
+    packet
+}
+
 /// A UDP datagram.
 #[must_use]
 pub fn udp(family: Family) -> Packet {
@@ -382,6 +429,26 @@ impl Packet {
         }
     }
 
+    /// As it leaves the balancer for a backend on the ingress interface after `nat`.
+    #[must_use]
+    pub fn nat_to(&self, backend: Host, port: u16, nat_port: u16) -> Self {
+        self.clone()
+            .macs(BALANCER.mac, backend.mac)
+            .from(BALANCER, nat_port)
+            .to(backend, port)
+            .ttl(self.ttl - 1)
+    }
+
+    /// As it leaves the balancer for the client, whose packets come from [`GATEWAY`].
+    #[must_use]
+    pub fn nat_back(&self, vip: Host, port: u16, client: Host, client_port: u16) -> Self {
+        self.clone()
+            .macs(BALANCER.mac, GATEWAY.mac)
+            .from(vip, port)
+            .to(client, client_port)
+            .ttl(self.ttl - 1)
+    }
+
     fn with_tcp(mut self, change: impl FnOnce(&mut TcpHeader)) -> Self {
         change(self.tcp_mut());
         self
@@ -447,6 +514,20 @@ impl Packet {
             (Transport::Icmp { .. }, Family::V6) => 58,
             (Transport::Other(n), _) => *n,
         }
+    }
+
+    /// Whether the checksum field, right or wrong, happens to hold what a sender that leaves the
+    /// checksum to its hardware would write.
+    #[must_use]
+    pub fn reads_as_partial(&self) -> bool {
+        let field = |checksum| {
+            let packet = Self {
+                checksum,
+                ..self.clone()
+            };
+            packet.segment()
+        };
+        field(self.checksum) == field(Checksum::Partial)
     }
 
     /// Length of the IP packet: what the byte counters count.
@@ -585,19 +666,18 @@ impl Packet {
                 _ => pseudo_header_sum(self.src, self.dst, self.protocol(), bytes.len()),
             };
             let right = !ones_complement_sum(pseudo, &bytes);
-            let right = match self.transport {
-                // RFC 768: a sum of zero is sent as all ones.
-                Transport::Udp if right == 0 => 0xffff,
-                _ => right,
+            // A sum of zero has two forms. UDP sends all ones, since zero means "none" (RFC 768);
+            // elsewhere arithmetic only ever yields zero.
+            let canonical = |value: u16| match (&self.transport, value) {
+                (Transport::Udp, 0) => 0xffff,
+                (Transport::Udp, value) => value,
+                (_, 0xffff) => 0,
+                (_, value) => value,
             };
             let value = match self.checksum {
-                Checksum::Right => right,
+                Checksum::Right => canonical(right),
                 Checksum::Partial => pseudo,
-                Checksum::Wrong(by) => {
-                    let value = add_ones_complement(right, by);
-                    assert!(value != 0, "a wrong checksum must not read as none");
-                    value
-                }
+                Checksum::Wrong(by) => canonical(add_ones_complement(right, by)),
                 Checksum::Zero => 0,
             };
             bytes[at..at + 2].copy_from_slice(&value.to_be_bytes());

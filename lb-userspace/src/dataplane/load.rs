@@ -22,7 +22,7 @@ use std::{
 };
 
 /// The kernel side, built with this program.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.bpf.o"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.bpf.o"));
 
 /// Name of the balancer's program in the object.
 const PROGRAM: &str = "sluice_xdp";

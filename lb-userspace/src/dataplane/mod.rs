@@ -16,7 +16,7 @@ pub use attach::{
     Attached, Mode, OwnedLink, XdpState, attach_stub, interface_index, interface_name, xdp_state,
 };
 pub use dump::{dump, list};
-pub use load::Dataplane;
+pub use load::{Dataplane, OBJECT};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
 pub use maps::{Maps, NAMES};
 pub use pins::detach;

@@ -1,0 +1,1080 @@
+//! Runs the real programs on single packets with `BPF_PROG_TEST_RUN`.
+//!
+//! Each [`Balancer`] has an object in the kernel to itself, with its own maps and no pins, so tests
+//! run side by side.
+
+use crate::{
+    oracle,
+    packet::{BALANCER, Family, Host, Mac, Packet},
+};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, Map, MapData, PerCpuArray, hash_map::HashMap as BpfHashMap, xdp::DevMapHash},
+    programs::{TestRun as _, TestRunOptions, Xdp},
+};
+use lb_common::{
+    abi, addr, backend,
+    filter::{LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
+    flow, service,
+    stats::{Counters, DropReason},
+};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Mutex,
+};
+
+/// What XDP does with the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The program failed.
+    Aborted,
+    /// Dropped.
+    Drop,
+    /// To the kernel.
+    Pass,
+    /// Out of the interface it came from.
+    Tx,
+    /// Out of another interface.
+    Redirect,
+}
+
+/// TCP, as an IP protocol number.
+pub const TCP: u8 = 6;
+/// UDP, as an IP protocol number.
+pub const UDP: u8 = 17;
+/// The interface test packets come from: the kernel attributes them to the loopback device.
+pub const INGRESS: u32 = 1;
+/// An interface beside [`INGRESS`] that packets may be redirected to.
+pub const OTHER_INTERFACE: u32 = 1000;
+/// An interface that packets may not be redirected to.
+pub const UNKNOWN_INTERFACE: u32 = 1001;
+
+/// A backend of a [`Service`].
+#[derive(Clone, Debug)]
+pub struct Backend {
+    /// Address.
+    pub ip: IpAddr,
+    /// MAC address of the next hop.
+    pub mac: Mac,
+    /// Port.
+    pub port: u16,
+    /// Share of new flows.
+    pub weight: u32,
+    /// Whether it may keep its flows.
+    pub alive: bool,
+    /// Whether its next hop is known.
+    pub resolved: bool,
+    /// Interface it is behind.
+    pub ifindex: u32,
+}
+
+/// A service to be put into the maps.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// VIP.
+    pub vip: IpAddr,
+    /// Port.
+    pub port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// One of [`service::scheduler`].
+    pub scheduler: u8,
+    /// One of [`service::on_no_backend`].
+    pub on_no_backend: u8,
+    /// One of [`service::on_backend_down`].
+    pub on_backend_down: u8,
+    /// Ticks a handshake may take; 0: no limit.
+    pub connect_timeout: u32,
+    /// Backends.
+    pub backends: Vec<Backend>,
+}
+
+/// A round-robin service at `host:port` without backends.
+#[must_use]
+pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
+    Service {
+        vip: host.ip(family),
+        port,
+        protocol,
+        scheduler: service::scheduler::ROUND_ROBIN,
+        on_no_backend: service::on_no_backend::RESET,
+        on_backend_down: service::on_backend_down::KEEP,
+        connect_timeout: 0,
+        backends: Vec::new(),
+    }
+}
+
+impl Service {
+    /// Sets the scheduler.
+    #[must_use]
+    pub fn scheduler(mut self, scheduler: u8) -> Self {
+        self.scheduler = scheduler;
+        self
+    }
+
+    /// Sets what a flow meets without a backend.
+    #[must_use]
+    pub fn on_no_backend(mut self, what: u8) -> Self {
+        self.on_no_backend = what;
+        self
+    }
+
+    /// Sets what flows of a dead backend meet.
+    #[must_use]
+    pub fn on_backend_down(mut self, what: u8) -> Self {
+        self.on_backend_down = what;
+        self
+    }
+
+    /// Sets the limit of a handshake, in ticks.
+    #[must_use]
+    pub fn connect_timeout(mut self, ticks: u32) -> Self {
+        self.connect_timeout = ticks;
+        self
+    }
+
+    /// Adds a healthy backend on the segment of [`INGRESS`].
+    #[must_use]
+    pub fn backend(self, host: Host, port: u16, weight: u32) -> Self {
+        let family = if self.vip.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        self.with(Backend {
+            ip: host.ip(family),
+            mac: host.mac,
+            port,
+            weight,
+            alive: true,
+            resolved: true,
+            ifindex: INGRESS,
+        })
+    }
+
+    /// Adds a backend.
+    #[must_use]
+    pub fn with(mut self, backend: Backend) -> Self {
+        self.backends.push(backend);
+        self
+    }
+
+    /// Changes the backend added last.
+    #[must_use]
+    pub fn last(mut self, change: impl FnOnce(&mut Backend)) -> Self {
+        change(self.backends.last_mut().expect("a backend was added"));
+        self
+    }
+}
+
+/// Everything that is counted, summed over all CPUs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// By service number.
+    pub services: BTreeMap<u32, Counters>,
+    /// By backend number.
+    pub backends: BTreeMap<u32, Counters>,
+    /// By name of the reason; those that are not zero.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// Active and inactive connections by backend number; as they are, not as a difference.
+    pub load: BTreeMap<u32, (u64, u64)>,
+}
+
+impl Counts {
+    /// What has been added since `earlier`; load is kept as it is now. Zero entries are left out.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let difference = |now: &BTreeMap<u32, Counters>, then: &BTreeMap<u32, Counters>| {
+            now.iter()
+                .map(|(n, c)| {
+                    let t = then.get(n).copied().unwrap_or_default();
+                    let d = Counters {
+                        connections: c.connections - t.connections,
+                        packets_in: c.packets_in - t.packets_in,
+                        bytes_in: c.bytes_in - t.bytes_in,
+                        packets_out: c.packets_out - t.packets_out,
+                        bytes_out: c.bytes_out - t.bytes_out,
+                        drops: c.drops - t.drops,
+                    };
+                    (*n, d)
+                })
+                .filter(|(_, c)| *c != Counters::default())
+                .collect()
+        };
+        Self {
+            services: difference(&self.services, &earlier.services),
+            backends: difference(&self.backends, &earlier.backends),
+            drops: self
+                .drops
+                .iter()
+                .map(|(n, c)| (*n, c - earlier.drops.get(n).copied().unwrap_or(0)))
+                .filter(|(_, c)| *c != 0)
+                .collect(),
+            load: self.load.clone(),
+        }
+    }
+
+    /// Expects one client packet of `bytes` for a service and a backend.
+    #[must_use]
+    pub fn packet_in(mut self, service: u32, backend: u32, bytes: u64) -> Self {
+        for c in self.both(service, backend) {
+            c.packets_in += 1;
+            c.bytes_in += bytes;
+        }
+        self
+    }
+
+    /// Expects one packet of `bytes` to a client.
+    #[must_use]
+    pub fn packet_out(mut self, service: u32, backend: u32, bytes: u64) -> Self {
+        for c in self.both(service, backend) {
+            c.packets_out += 1;
+            c.bytes_out += bytes;
+        }
+        self
+    }
+
+    /// Expects one placed flow.
+    #[must_use]
+    pub fn connection(mut self, service: u32, backend: u32) -> Self {
+        for c in self.both(service, backend) {
+            c.connections += 1;
+        }
+        self
+    }
+
+    /// Expects one dropped packet; `service` 0: of nobody.
+    #[must_use]
+    pub fn drop(mut self, reason: DropReason, service: u32) -> Self {
+        *self.drops.entry(reason.name()).or_default() += 1;
+        if service != 0 {
+            self.services.entry(service).or_default().drops += 1;
+        }
+        self
+    }
+
+    /// Expects a backend to have this many active and inactive connections.
+    #[must_use]
+    pub fn load(mut self, backend: u32, active: u64, inactive: u64) -> Self {
+        self.load.insert(backend, (active, inactive));
+        self
+    }
+
+    fn both(&mut self, service: u32, backend: u32) -> [&mut Counters; 2] {
+        [
+            self.services.entry(service).or_default(),
+            self.backends.entry(backend).or_default(),
+        ]
+    }
+}
+
+/// What the program made of a packet.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame as the program left it.
+    pub frame: Vec<u8>,
+    /// What was counted.
+    pub counts: Counts,
+}
+
+/// Something that can be sent.
+pub trait Frame {
+    /// Its bytes.
+    fn frame(&self) -> Vec<u8>;
+}
+
+impl Frame for Packet {
+    fn frame(&self) -> Vec<u8> {
+        self.build()
+    }
+}
+
+impl Frame for Vec<u8> {
+    fn frame(&self) -> Vec<u8> {
+        self.clone()
+    }
+}
+
+/// What a test expects of a packet.
+#[derive(Clone, Debug)]
+pub enum Expected {
+    /// Sent back out of the interface it came from, as this frame.
+    Sent(Vec<u8>),
+    /// Sent out of another interface, as this frame.
+    Redirected(Vec<u8>),
+    /// Handed to the kernel, unchanged.
+    Passed,
+    /// Dropped.
+    Dropped,
+}
+
+impl Expected {
+    /// [`Expected::Sent`].
+    #[must_use]
+    pub fn sent(frame: &impl Frame) -> Self {
+        Self::Sent(frame.frame())
+    }
+
+    /// [`Expected::Redirected`].
+    #[must_use]
+    pub fn redirected(frame: &impl Frame) -> Self {
+        Self::Redirected(frame.frame())
+    }
+}
+
+/// One entry of a flow table, in readable form.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FlowEntry {
+    /// Source of the packets it matches.
+    pub src: (IpAddr, u16),
+    /// Destination of the packets it matches.
+    pub dst: (IpAddr, u16),
+    /// IP protocol.
+    pub protocol: u32,
+    /// Source the packets leave with.
+    pub out_src: (IpAddr, u16),
+    /// Destination the packets leave with.
+    pub out_dst: (IpAddr, u16),
+    /// Backend number.
+    pub backend: u32,
+    /// Backend generation.
+    pub generation: u32,
+    /// Service number.
+    pub service: u32,
+    /// One of [`flow::state`].
+    pub state: u8,
+    /// Whether it matches the backend's packets.
+    pub from_backend: bool,
+}
+
+impl fmt::Display for FlowEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} -> {:?} proto {} leaves as {:?} -> {:?}, backend {}, state {}",
+            self.src,
+            self.dst,
+            self.protocol,
+            self.out_src,
+            self.out_dst,
+            self.backend,
+            lb_common::names::name_of(lb_common::names::STATE, self.state),
+        )
+    }
+}
+
+/// A value of a map, for aya.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Raw<T>(T);
+
+// SAFETY: transparent around a type without padding, for which any bits are a value.
+unsafe impl<T: bytemuck::Pod> aya::Pod for Raw<T> {}
+
+/// The real data plane with maps of its own.
+pub struct Balancer {
+    /// Taken only by `drop`.
+    ebpf: Option<Ebpf>,
+    /// The services in the maps; service `n` is element `n - 1`.
+    pub services: Vec<Service>,
+    /// The number of each service's first backend; the others follow.
+    first_backend: Vec<u32>,
+    /// First slot and room of each service's table.
+    tables: Vec<(u32, u32)>,
+    lanes: BTreeMap<u32, u64>,
+    settings: abi::Settings,
+    /// The counters after the last packet, where nothing has moved them since.
+    last_counts: Option<Counts>,
+}
+
+/// Entries of the flow tables in tests.
+///
+/// An LRU hash begins to evict before it is full, since each CPU keeps free entries of its own; far
+/// larger than any test's flows.
+const FLOWS: u32 = 32768;
+/// Slots of a table for a hash scheduler.
+const TABLE_SLOTS: usize = 251;
+/// Elements of the maps indexed by service number.
+const SERVICES: u32 = 65;
+/// Elements of the maps indexed by backend number.
+const BACKENDS: u32 = 257;
+
+impl Balancer {
+    /// Loads the object and puts `services` into its maps.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    #[must_use]
+    pub fn new(services: Vec<Service>) -> Self {
+        Self::with_ports(services, (20000, 29999))
+    }
+
+    /// As [`Balancer::new`], with a range of source ports for `nat`.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    #[must_use]
+    pub fn with_ports(services: Vec<Service>, ports: (u16, u16)) -> Self {
+        let (ebpf, lanes) = idle()
+            .lock()
+            .expect("no test panics while it takes an object")
+            .pop()
+            .unwrap_or_else(|| (load(), BTreeMap::new()));
+        let settings = abi::Settings {
+            magic: abi::MAGIC,
+            abi_version: abi::ABI_VERSION,
+            nat_port_first: ports.0,
+            nat_port_last: ports.1,
+            nat_port_seed: 0x1234_5678,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        let mut balancer = Self {
+            ebpf: Some(ebpf),
+            services: Vec::new(),
+            first_backend: Vec::new(),
+            tables: Vec::new(),
+            lanes,
+            settings,
+            last_counts: None,
+        };
+        balancer.wipe();
+        balancer.set("settings", 0, settings);
+        balancer.hash_insert(
+            "interfaces",
+            INGRESS,
+            service::Interface {
+                mac: BALANCER.mac,
+                reserved: 0,
+            },
+        );
+        let mut redirects: DevMapHash<&mut MapData> = balancer
+            .map("redirects")
+            .try_into()
+            .expect("redirects is a devmap hash");
+        // The value must be a device that exists; a test run does not send to it.
+        redirects
+            .insert(OTHER_INTERFACE, INGRESS, None, 0)
+            .expect("an entry in redirects");
+        for family in Family::BOTH {
+            balancer.mark(BALANCER.ip(family), LANE_NAT_SOURCE);
+        }
+        for service in services {
+            balancer.add(service);
+        }
+        balancer
+    }
+
+    /// The settings in force.
+    #[must_use]
+    pub fn settings(&self) -> &abi::Settings {
+        &self.settings
+    }
+
+    /// The number of backend `index` of service `service` (a number, from 1).
+    #[must_use]
+    pub fn backend_number(&self, service: u32, index: usize) -> u32 {
+        self.first_backend[service as usize - 1] + index as u32
+    }
+
+    /// Adds a service and returns its number.
+    pub fn add(&mut self, service: Service) -> u32 {
+        self.last_counts = None;
+        let number = self.services.len() as u32 + 1;
+        let first = self.services.last().map_or(1, |s| {
+            self.first_backend[number as usize - 2] + s.backends.len() as u32
+        });
+        self.first_backend.push(first);
+        self.services.push(service.clone());
+        for index in 0..service.backends.len() {
+            self.write_backend(number, index, 1);
+        }
+        self.write_service(number);
+        let vip = service::Vip {
+            flags: service::VIP_ANSWER_ARP,
+        };
+        let (port, protocol) = (service.port.to_be(), service.protocol);
+        match service.vip {
+            IpAddr::V4(ip) => {
+                let ip = addr::from_ipv4(ip);
+                self.hash_insert("vips4", ip, vip);
+                let key = service::ServiceKey::new(ip, port, protocol);
+                self.hash_insert("services4", key, number);
+            }
+            IpAddr::V6(ip) => {
+                let ip = addr::from_ipv6(ip);
+                self.hash_insert("vips6", ip, vip);
+                let key = service::ServiceKey::new(ip, port, protocol);
+                self.hash_insert("services6", key, number);
+            }
+        }
+        self.mark(service.vip, LANE_VIP);
+        number
+    }
+
+    /// Changes a service and writes it anew, with a new table; its backends must stay as many.
+    pub fn change(&mut self, number: u32, change: impl FnOnce(&mut Service)) {
+        let service = &mut self.services[number as usize - 1];
+        let before = service.backends.len();
+        change(service);
+        assert_eq!(
+            before,
+            service.backends.len(),
+            "backends keep their numbers"
+        );
+        for index in 0..before {
+            self.write_backend(number, index, 1);
+        }
+        self.write_service(number);
+    }
+
+    /// Gives backend `index` of a service another generation: the number belongs to a new backend.
+    pub fn set_generation(&mut self, service: u32, index: usize, generation: u32) {
+        self.write_backend(service, index, generation);
+    }
+
+    /// Sets the flags of a VIP.
+    pub fn set_vip_flags(&mut self, vip: IpAddr, flags: u32) {
+        match vip {
+            IpAddr::V4(ip) => {
+                self.hash_insert("vips4", addr::from_ipv4(ip), service::Vip { flags });
+            }
+            IpAddr::V6(ip) => {
+                self.hash_insert("vips6", addr::from_ipv6(ip), service::Vip { flags });
+            }
+        }
+    }
+
+    fn write_backend(&mut self, number: u32, index: usize, generation: u32) {
+        let b = self.services[number as usize - 1].backends[index].clone();
+        let mut l2 = [0u8; 12];
+        l2[..6].copy_from_slice(&b.mac);
+        l2[6..].copy_from_slice(&BALANCER.mac);
+        let (family, source) = match b.ip {
+            IpAddr::V4(_) => (addr::FAMILY_V4, BALANCER.ip(Family::V4)),
+            IpAddr::V6(_) => (addr::FAMILY_V6, BALANCER.ip(Family::V6)),
+        };
+        let flag = |on: bool, flag: u8| if on { flag } else { 0 };
+        let record = backend::Backend {
+            addr: addr::from_ip(b.ip),
+            source: addr::from_ip(source),
+            l2: bytemuck::cast(l2),
+            ifindex: b.ifindex,
+            service: number,
+            generation,
+            port: b.port.to_be(),
+            family,
+            flags: flag(b.resolved, backend::BACKEND_RESOLVED)
+                | flag(b.alive, backend::BACKEND_ALIVE),
+            reserved: 0,
+        };
+        let element = self.backend_number(number, index);
+        self.set("backends", element, record);
+    }
+
+    fn write_service(&mut self, number: u32) {
+        let s = self.services[number as usize - 1].clone();
+        let table = selection_table(&s);
+        let room = table.len() as u32;
+        let end = self.tables.iter().map(|(first, room)| first + room).max();
+        let fresh = (end.unwrap_or(0), room);
+        let place = number as usize - 1;
+        match self.tables.get_mut(place) {
+            Some(old) if old.1 >= room => {}
+            Some(old) => *old = fresh,
+            None => self.tables.push(fresh),
+        }
+        let first = self.tables[place].0;
+        for (i, index) in table.iter().enumerate() {
+            let backend = self.backend_number(number, *index);
+            self.set(
+                "slots",
+                first + i as u32,
+                backend::Slot {
+                    backend,
+                    previous: backend,
+                },
+            );
+        }
+        let record = service::Service {
+            table: service::Service::pack_table(first, table.len() as u32),
+            connect_timeout: s.connect_timeout,
+            forward: service::forward::NAT,
+            scheduler: s.scheduler,
+            on_no_backend: s.on_no_backend,
+            on_backend_down: s.on_backend_down,
+            reserved: [0; 12],
+        };
+        self.set("services", number, record);
+    }
+
+    fn mark(&mut self, ip: IpAddr, bit: u8) {
+        let lane = match ip {
+            IpAddr::V4(ip) => lane_of(addr::from_ipv4(ip)),
+            IpAddr::V6(ip) => lane_of(addr::from_ipv6(ip)),
+        };
+        let (element, shift) = place(lane);
+        let lanes = self.lanes.entry(element).or_default();
+        *lanes |= u64::from(bit) << shift;
+        let lanes = *lanes;
+        self.set("address_filter", element, lanes);
+    }
+
+    fn map(&mut self, name: &str) -> &mut Map {
+        self.ebpf_mut()
+            .map_mut(name)
+            .unwrap_or_else(|| panic!("the object has no map {name}"))
+    }
+
+    fn set<T: bytemuck::Pod>(&mut self, map: &str, element: u32, value: T) {
+        let mut array: Array<&mut MapData, Raw<T>> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not an array of this size: {e}"));
+        array
+            .set(element, Raw(value), 0)
+            .unwrap_or_else(|e| panic!("map {map}, element {element}: {e}"));
+    }
+
+    fn get<T: bytemuck::Pod>(&self, map: &str, element: u32) -> T {
+        let array: Array<&MapData, Raw<T>> = self
+            .ebpf()
+            .map(map)
+            .and_then(|m| m.try_into().ok())
+            .unwrap_or_else(|| panic!("map {map} is not an array of this size"));
+        array
+            .get(&element, 0)
+            .unwrap_or_else(|e| panic!("map {map}, element {element}: {e}"))
+            .0
+    }
+
+    fn per_cpu<T: bytemuck::Pod>(&self, map: &str, element: u32) -> Vec<T> {
+        let array: PerCpuArray<&MapData, Raw<T>> = self
+            .ebpf()
+            .map(map)
+            .and_then(|m| m.try_into().ok())
+            .unwrap_or_else(|| panic!("map {map} is not a per-CPU array of this size"));
+        let values = array
+            .get(&element, 0)
+            .unwrap_or_else(|e| panic!("map {map}, element {element}: {e}"));
+        values.iter().map(|v| v.0).collect()
+    }
+
+    fn hash_insert<K: bytemuck::Pod, V: bytemuck::Pod>(&mut self, map: &str, key: K, value: V) {
+        let mut hash: BpfHashMap<&mut MapData, Raw<K>, Raw<V>> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a hash of these sizes: {e}"));
+        hash.insert(Raw(key), Raw(value), 0)
+            .unwrap_or_else(|e| panic!("map {map}: {e}"));
+    }
+
+    /// Everything counted so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let sum = |map: &str, n: u32| {
+            let mut total = Counters::default();
+            for c in self.per_cpu::<Counters>(map, n) {
+                total += c;
+            }
+            total
+        };
+        let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
+        Counts {
+            services: (0..=self.services.len() as u32)
+                .map(|n| (n, sum("service_stats", n)))
+                .collect(),
+            backends: (0..=backends)
+                .map(|n| (n, sum("backend_stats", n)))
+                .collect(),
+            drops: DropReason::ALL
+                .iter()
+                .map(|r| {
+                    (
+                        r.name(),
+                        self.per_cpu::<u64>("drops", *r as u32).iter().sum(),
+                    )
+                })
+                .filter(|(_, n)| *n != 0)
+                .collect(),
+            load: (0..=backends)
+                .map(|n| {
+                    let load: backend::Load = self.get("backend_load", n);
+                    (n, (load.active, load.inactive))
+                })
+                .filter(|(_, load)| *load != (0, 0))
+                .collect(),
+        }
+    }
+
+    /// Runs the program on a frame.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run(&mut self, frame: &[u8]) -> Outcome {
+        let before = self.last_counts.take().unwrap_or_else(|| self.counts());
+        let (verdict, frame) = self.run_uncounted(frame);
+        let after = self.counts();
+        let counts = after.since(&before);
+        self.last_counts = Some(after);
+        Outcome {
+            verdict,
+            frame,
+            counts,
+        }
+    }
+
+    /// Runs the program without looking at the counters.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run_uncounted(&mut self, frame: &[u8]) -> (Verdict, Vec<u8>) {
+        self.last_counts = None;
+        let program: &mut Xdp = self
+            .ebpf_mut()
+            .program_mut("sluice_xdp")
+            .and_then(|p| p.try_into().ok())
+            .expect("sluice_xdp was loaded");
+        let mut out = vec![0; 4096];
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ..TestRunOptions::default()
+            })
+            .unwrap_or_else(|e| panic!("test run of {} bytes: {}", frame.len(), chain(&e)));
+        out.truncate(result.data_size_out as usize);
+        let verdict = match result.return_value {
+            0 => Verdict::Aborted,
+            1 => Verdict::Drop,
+            2 => Verdict::Pass,
+            3 => Verdict::Tx,
+            4 => Verdict::Redirect,
+            other => panic!("the program returned {other}, which is no XDP code"),
+        };
+        (verdict, out)
+    }
+
+    /// Runs the program on a packet.
+    pub fn send(&mut self, packet: &Packet) -> Outcome {
+        self.run(&packet.build())
+    }
+
+    /// Sends a frame and asserts verdict, whole output and exact counter changes.
+    ///
+    /// # Panics
+    /// With a sentence for everything that is not as expected.
+    #[track_caller]
+    pub fn check(&mut self, what: &str, sent: &impl Frame, expected: &Expected, counts: &Counts) {
+        let sent = sent.frame();
+        let outcome = self.run(&sent);
+        let (verdict, frame) = match expected {
+            Expected::Sent(frame) => (Verdict::Tx, Some(frame)),
+            Expected::Redirected(frame) => (Verdict::Redirect, Some(frame)),
+            Expected::Passed => (Verdict::Pass, Some(&sent)),
+            Expected::Dropped => (Verdict::Drop, None),
+        };
+        assert_eq!(
+            outcome.verdict, verdict,
+            "{what}: the verdict is not as expected; counted: {:?}",
+            outcome.counts
+        );
+        if let Some(frame) = frame {
+            oracle::assert_frame(what, frame, &outcome.frame);
+        }
+        assert_eq!(
+            outcome.counts, *counts,
+            "{what}: the counters moved otherwise than expected"
+        );
+    }
+
+    /// As [`Balancer::check`] for the first packet of a flow; `expected` is told the source port
+    /// that `nat` took, which is checked to be in range. Returns that port.
+    ///
+    /// # Panics
+    /// With a sentence for everything that is not as expected.
+    #[track_caller]
+    pub fn check_new(
+        &mut self,
+        what: &str,
+        sent: &impl Frame,
+        expected: impl FnOnce(u16) -> Expected,
+        counts: &Counts,
+    ) -> u16 {
+        let frame = sent.frame();
+        let outcome = self.run(&frame);
+        assert!(
+            matches!(outcome.verdict, Verdict::Tx | Verdict::Redirect),
+            "{what}: the packet was not forwarded but {:?}; counted: {:?}",
+            outcome.verdict,
+            outcome.counts
+        );
+        let (port, _) = oracle::ports(&outcome.frame)
+            .unwrap_or_else(|| panic!("{what}: the packet left without ports"));
+        let range = self.settings.nat_port_first..=self.settings.nat_port_last;
+        assert!(
+            range.contains(&port),
+            "{what}: source port {port} is outside {range:?}"
+        );
+        let (verdict, frame) = match expected(port) {
+            Expected::Sent(frame) => (Verdict::Tx, frame),
+            Expected::Redirected(frame) => (Verdict::Redirect, frame),
+            other => panic!("{what}: a new flow is not expected to be {other:?}"),
+        };
+        assert_eq!(
+            outcome.verdict, verdict,
+            "{what}: the verdict is not as expected"
+        );
+        oracle::assert_frame(what, &frame, &outcome.frame);
+        assert_eq!(
+            outcome.counts, *counts,
+            "{what}: the counters moved otherwise than expected"
+        );
+        port
+    }
+
+    /// All flows of a family, sorted.
+    #[must_use]
+    pub fn flows(&self, family: Family) -> Vec<FlowEntry> {
+        let mut entries: Vec<_> = match family {
+            Family::V4 => self
+                .raw_flows::<u32>("flows4")
+                .iter()
+                .map(|(k, f)| readable(k, f))
+                .collect(),
+            Family::V6 => self
+                .raw_flows::<[u32; 4]>("flows6")
+                .iter()
+                .map(|(k, f)| readable(k, f))
+                .collect(),
+        };
+        entries.sort();
+        entries
+    }
+
+    /// All entries of a flow table as they are.
+    fn raw_flows<A>(&self, map: &str) -> Vec<(flow::FlowKey<A>, flow::Flow<A>)>
+    where
+        A: addr::Address,
+        flow::FlowKey<A>: bytemuck::Pod,
+        flow::Flow<A>: bytemuck::Pod,
+    {
+        let hash: BpfHashMap<&MapData, Raw<flow::FlowKey<A>>, Raw<flow::Flow<A>>> = self
+            .ebpf()
+            .map(map)
+            .and_then(|m| m.try_into().ok())
+            .unwrap_or_else(|| panic!("map {map} is not a hash of these sizes"));
+        hash.iter()
+            .map(|entry| {
+                let (key, value) = entry.unwrap_or_else(|e| panic!("map {map}: {e}"));
+                (key.0, value.0)
+            })
+            .collect()
+    }
+
+    /// Makes every flow older by `ticks`, as if so much time had passed.
+    pub fn age_flows(&mut self, ticks: u32) {
+        for (key, mut flow) in self.raw_flows::<u32>("flows4") {
+            flow.created = flow.created.wrapping_sub(ticks);
+            flow.last_seen = flow.last_seen.wrapping_sub(ticks);
+            self.hash_insert("flows4", key, flow);
+        }
+        for (key, mut flow) in self.raw_flows::<[u32; 4]>("flows6") {
+            flow.created = flow.created.wrapping_sub(ticks);
+            flow.last_seen = flow.last_seen.wrapping_sub(ticks);
+            self.hash_insert("flows6", key, flow);
+        }
+    }
+
+    /// Forgets all flows, connections and round-robin positions; counters stay.
+    pub fn reset(&mut self) {
+        self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
+        self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
+        self.zero::<backend::Load>("backend_load", backends + 1);
+        self.zero::<service::Cursor>("cursors", self.services.len() as u32 + 1);
+    }
+
+    /// Makes the maps as a fresh object has them, but for the counters.
+    fn wipe(&mut self) {
+        self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
+        self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_hash::<u32, service::Vip>("vips4");
+        self.clear_hash::<[u32; 4], service::Vip>("vips6");
+        self.clear_hash::<service::ServiceKey<u32>, u32>("services4");
+        self.clear_hash::<service::ServiceKey<[u32; 4]>, u32>("services6");
+        self.zero::<backend::Load>("backend_load", BACKENDS);
+        self.zero::<backend::Backend>("backends", BACKENDS);
+        self.zero::<service::Cursor>("cursors", SERVICES);
+        self.zero::<service::Service>("services", SERVICES);
+        for element in std::mem::take(&mut self.lanes).into_keys() {
+            self.set("address_filter", element, 0u64);
+        }
+    }
+
+    fn zero<T: bytemuck::Pod>(&mut self, map: &str, elements: u32) {
+        for element in 0..elements {
+            self.set(map, element, T::zeroed());
+        }
+    }
+
+    fn clear_hash<K: bytemuck::Pod, V: bytemuck::Pod>(&mut self, map: &str) {
+        let mut hash: BpfHashMap<&mut MapData, Raw<K>, Raw<V>> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a hash of these sizes: {e}"));
+        let keys: Vec<_> = hash.keys().collect();
+        for key in keys {
+            let key = key.unwrap_or_else(|e| panic!("map {map}: {e}"));
+            hash.remove(&key)
+                .unwrap_or_else(|e| panic!("map {map}: {e}"));
+        }
+    }
+
+    fn ebpf(&self) -> &Ebpf {
+        self.ebpf.as_ref().expect("taken only by drop")
+    }
+
+    fn ebpf_mut(&mut self) -> &mut Ebpf {
+        self.ebpf.as_mut().expect("taken only by drop")
+    }
+}
+
+/// Objects in the kernel that no test uses at the moment. To verify a program takes longer than
+/// most tests, so an object is used again after its maps have been wiped.
+fn idle() -> &'static Mutex<Vec<(Ebpf, BTreeMap<u32, u64>)>> {
+    static IDLE: Mutex<Vec<(Ebpf, BTreeMap<u32, u64>)>> = Mutex::new(Vec::new());
+    &IDLE
+}
+
+fn load() -> Ebpf {
+    let mut loader = EbpfLoader::new();
+    for (name, entries) in [
+        ("vips4", 64),
+        ("vips6", 64),
+        ("services4", 64),
+        ("services6", 64),
+        ("services", SERVICES),
+        ("cursors", SERVICES),
+        ("service_stats", SERVICES),
+        ("backends", BACKENDS),
+        ("backend_load", BACKENDS),
+        ("backend_stats", BACKENDS),
+        ("flows4", FLOWS),
+        ("flows6", FLOWS),
+    ] {
+        loader.map_max_entries(name, entries);
+    }
+    let mut ebpf = loader
+        .load(sluice::dataplane::OBJECT)
+        .unwrap_or_else(|e| panic!("the object does not load: {}", chain(&e)));
+    let program: &mut Xdp = ebpf
+        .program_mut("sluice_xdp")
+        .expect("the object has program sluice_xdp")
+        .try_into()
+        .expect("sluice_xdp is an XDP program");
+    program
+        .load()
+        .unwrap_or_else(|e| panic!("the verifier refuses sluice_xdp: {}", chain(&e)));
+    ebpf
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        // After a failure the maps may be in any state; the kernel frees the object.
+        if std::thread::panicking() {
+            return;
+        }
+        if let (Some(ebpf), Ok(mut idle)) = (self.ebpf.take(), idle().lock()) {
+            idle.push((ebpf, std::mem::take(&mut self.lanes)));
+        }
+    }
+}
+
+fn readable<A: addr::Address>(key: &flow::FlowKey<A>, value: &flow::Flow<A>) -> FlowEntry {
+    let ip = |a: A| addr::to_ip(A::FAMILY, &a.widen());
+    FlowEntry {
+        src: (ip(key.src), u16::from_be(key.sport)),
+        dst: (ip(key.dst), u16::from_be(key.dport)),
+        protocol: key.protocol,
+        out_src: (ip(value.src), u16::from_be(value.sport)),
+        out_dst: (ip(value.dst), u16::from_be(value.dport)),
+        backend: value.backend,
+        generation: value.generation,
+        service: value.service,
+        state: value.state,
+        from_backend: value.direction == flow::DIRECTION_BACKEND,
+    }
+}
+
+/// The selection table of a service, as indices of its backends. The tests' own, so that what the
+/// data plane reads does not depend on how the daemon fills it.
+#[must_use]
+pub fn selection_table(service: &Service) -> Vec<usize> {
+    let weights: Vec<u32> = service
+        .backends
+        .iter()
+        .map(|b| if b.alive { b.weight } else { 0 })
+        .collect();
+    match service.scheduler {
+        service::scheduler::ROUND_ROBIN => smooth_sequence(&weights),
+        _ => spread_table(&weights, TABLE_SLOTS),
+    }
+}
+
+/// The smooth weighted round-robin sequence of one period, as nginx places it: in each step every
+/// backend gains its weight, the richest is taken and pays the sum.
+#[must_use]
+pub fn smooth_sequence(weights: &[u32]) -> Vec<usize> {
+    let total: i64 = weights.iter().map(|w| i64::from(*w)).sum();
+    let mut credit = vec![0i64; weights.len()];
+    (0..total)
+        .map(|_| {
+            for (c, w) in credit.iter_mut().zip(weights) {
+                *c += i64::from(*w);
+            }
+            let best = (0..credit.len())
+                .filter(|i| weights[*i] > 0)
+                .max_by_key(|i| (credit[*i], std::cmp::Reverse(*i)))
+                .expect("a positive total has a positive weight");
+            credit[best] -= total;
+            best
+        })
+        .collect()
+}
+
+/// A table of `slots` slots in which each backend has its exact share, mixed so that neighbouring
+/// slots differ. What a hash scheduler reads; how the daemon fills its tables is tested elsewhere.
+#[must_use]
+pub fn spread_table(weights: &[u32], slots: usize) -> Vec<usize> {
+    let sequence = smooth_sequence(weights);
+    if sequence.is_empty() {
+        return Vec::new();
+    }
+    (0..slots).map(|i| sequence[i % sequence.len()]).collect()
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        text = format!("{text}: {e}");
+        source = e.source();
+    }
+    text
+}
+
+/// An IPv4 address in the range tests use.
+#[must_use]
+pub fn v4(net: u8, host: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(198, 18, net, host))
+}
+
+/// An IPv6 address in the range tests use.
+#[must_use]
+pub fn v6(net: u16, host: u16) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, net, 0, 0, 0, 0, host))
+}

@@ -1,0 +1,632 @@
+//! A reference model of the balancer: what it must do, written a second time and differently.
+//!
+//! It works on packets as the builder describes them, keeps its flows in a list, recomputes every
+//! checksum from scratch and has a hash function of its own. Only the source port of a new `nat`
+//! flow is a free choice of the data plane: the model takes it from the real output and checks
+//! that the choice was allowed.
+
+use crate::{
+    harness::{Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, Verdict},
+    oracle,
+    packet::{BALANCER, Checksum, Family, Mac, Packet, Transport, pong, reset_for},
+};
+use lb_common::{
+    flow::state,
+    service::{on_backend_down, on_no_backend, scheduler},
+    stats::DropReason,
+};
+use std::{collections::BTreeMap, net::IpAddr};
+
+/// What must happen to a packet.
+#[derive(Clone, Debug)]
+pub struct Prediction {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame afterwards, if it leaves or passes.
+    pub frame: Option<Vec<u8>>,
+    /// What must be counted.
+    pub counts: Counts,
+}
+
+/// A connection.
+#[derive(Clone, Debug)]
+struct Flow {
+    protocol: u8,
+    client: (IpAddr, u16),
+    vip: (IpAddr, u16),
+    /// The balancer's address and port towards the backend.
+    nat: (IpAddr, u16),
+    backend_address: (IpAddr, u16),
+    service: u32,
+    /// Index in the service's backends.
+    index: usize,
+    backend: u32,
+    generation: u32,
+    state: u8,
+    /// Ethernet source and destination of the first packet.
+    macs: (Mac, Mac),
+    age: u32,
+}
+
+/// The model.
+pub struct Model {
+    services: Vec<Service>,
+    /// The number of each service's first backend.
+    first_backend: Vec<u32>,
+    generations: BTreeMap<u32, u32>,
+    turns: BTreeMap<u32, usize>,
+    flows: Vec<Flow>,
+    load: BTreeMap<u32, (u64, u64)>,
+    ports: std::ops::RangeInclusive<u16>,
+}
+
+/// Bob Jenkins' lookup3 for any number of words, after his `hashword()`.
+fn lookup3(words: &[u32], seed: u32) -> u32 {
+    let start = 0xdead_beef_u32
+        .wrapping_add((words.len() as u32) << 2)
+        .wrapping_add(seed);
+    let mut s = [start; 3];
+    let mut rest = words;
+    while rest.len() > 3 {
+        for (a, w) in s.iter_mut().zip(rest) {
+            *a = a.wrapping_add(*w);
+        }
+        // Each line: the place that changes, the one it is combined with, the rotation, and the
+        // place the third is added to.
+        for (x, y, r) in [
+            (0, 2, 4),
+            (1, 0, 6),
+            (2, 1, 8),
+            (0, 2, 16),
+            (1, 0, 19),
+            (2, 1, 4),
+        ] {
+            s[x] = s[x].wrapping_sub(s[y]) ^ s[y].rotate_left(r);
+            s[y] = s[y].wrapping_add(s[3 - x - y]);
+        }
+        rest = &rest[3..];
+    }
+    for (a, w) in s.iter_mut().zip(rest) {
+        *a = a.wrapping_add(*w);
+    }
+    for (x, y, r) in [
+        (2, 1, 14),
+        (0, 2, 11),
+        (1, 0, 25),
+        (2, 1, 16),
+        (0, 2, 4),
+        (1, 0, 14),
+        (2, 1, 24),
+    ] {
+        s[x] = (s[x] ^ s[y]).wrapping_sub(s[y].rotate_left(r));
+    }
+    s[2]
+}
+
+/// The seed all balancers share.
+const SEED: u32 = 0x511c_e001;
+
+fn address_word(ip: IpAddr) -> u32 {
+    match ip {
+        IpAddr::V4(ip) => u32::from_ne_bytes(ip.octets()),
+        IpAddr::V6(ip) => {
+            let words: Vec<u32> = ip
+                .octets()
+                .chunks_exact(4)
+                .map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]]))
+                .collect();
+            lookup3(&words, SEED)
+        }
+    }
+}
+
+impl Model {
+    /// A model of a balancer as it has just been set up.
+    #[must_use]
+    pub fn new(balancer: &Balancer) -> Self {
+        let settings = balancer.settings();
+        Self {
+            services: balancer.services.clone(),
+            first_backend: (1..=balancer.services.len() as u32)
+                .map(|n| balancer.backend_number(n, 0))
+                .collect(),
+            generations: BTreeMap::new(),
+            turns: BTreeMap::new(),
+            flows: Vec::new(),
+            load: BTreeMap::new(),
+            ports: settings.nat_port_first..=settings.nat_port_last,
+        }
+    }
+
+    /// Follows a change of the configuration.
+    pub fn change(&mut self, service: u32, change: impl FnOnce(&mut Service)) {
+        change(&mut self.services[service as usize - 1]);
+        let first = self.first_backend[service as usize - 1];
+        for index in 0..self.services[service as usize - 1].backends.len() {
+            // `Balancer::change` writes every backend with its first generation.
+            self.generations.remove(&(first + index as u32));
+        }
+    }
+
+    /// Lets time pass.
+    pub fn age(&mut self, ticks: u32) {
+        for flow in &mut self.flows {
+            flow.age += ticks;
+        }
+    }
+
+    /// Number of flows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Whether there are no flows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty()
+    }
+
+    /// The service number and the index in it of the backend of flow `n`.
+    #[must_use]
+    pub fn backend_of(&self, n: usize) -> (u32, usize) {
+        (self.flows[n].service, self.flows[n].index)
+    }
+
+    /// The addresses a client sends from and to on flow `n`: family, protocol, client, VIP.
+    #[must_use]
+    pub fn client_tuple(&self, n: usize) -> (Family, u8, (IpAddr, u16), (IpAddr, u16)) {
+        let flow = &self.flows[n];
+        let family = if flow.vip.0.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        (family, flow.protocol, flow.client, flow.vip)
+    }
+
+    /// The addresses a backend answers with on flow `n`: family, protocol, backend's address and
+    /// port, the balancer's port.
+    #[must_use]
+    pub fn reply_tuple(&self, n: usize) -> (Family, u8, (IpAddr, u16), u16) {
+        let flow = &self.flows[n];
+        let family = if flow.vip.0.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        (family, flow.protocol, flow.backend_address, flow.nat.1)
+    }
+
+    /// What the balancer must do with `packet`, given what it did where it had a choice.
+    ///
+    /// # Errors
+    /// If that choice was not allowed.
+    pub fn step(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
+        let mut prediction = self.decide(packet, real)?;
+        prediction.counts.load = self
+            .load
+            .iter()
+            .filter(|(_, l)| **l != (0, 0))
+            .map(|(n, l)| (*n, *l))
+            .collect();
+        Ok(prediction)
+    }
+
+    /// What the balancer must do with a packet whose headers contradict each other.
+    #[must_use]
+    pub fn malformed(&self, dst: IpAddr, frame: &[u8]) -> Prediction {
+        let mut counts = Counts::default();
+        let ours = self.is_vip(dst);
+        if ours {
+            counts = counts.drop(DropReason::Malformed, 0);
+        }
+        counts.load = self
+            .load
+            .iter()
+            .filter(|(_, l)| **l != (0, 0))
+            .map(|(n, l)| (*n, *l))
+            .collect();
+        Prediction {
+            verdict: if ours { Verdict::Drop } else { Verdict::Pass },
+            frame: (!ours).then(|| frame.to_vec()),
+            counts,
+        }
+    }
+
+    fn is_vip(&self, ip: IpAddr) -> bool {
+        self.services.iter().any(|s| s.vip == ip)
+    }
+
+    fn decide(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
+        let nobody = pass(packet);
+        if let Transport::Icmp { kind, code, rest } = packet.transport {
+            let echo = if packet.family == Family::V4 { 8 } else { 128 };
+            if self.is_vip(packet.dst) && (kind, code) == (echo, 0) {
+                return Ok(answer_ping(packet, rest));
+            }
+            return Ok(nobody);
+        }
+        let ours = self.is_vip(packet.dst);
+        if packet.fragment.is_some() {
+            return Ok(if ours {
+                dropped(DropReason::Fragment, 0)
+            } else {
+                nobody
+            });
+        }
+        let (from, to) = ((packet.src, packet.sport), (packet.dst, packet.dport));
+        let of_protocol = |f: &&mut Flow| f.protocol == packet.protocol();
+        if let Some(flow) = self
+            .flows
+            .iter_mut()
+            .filter(of_protocol)
+            .find(|f| f.backend_address == from && f.nat == to)
+        {
+            if packet.ttl <= 1 {
+                return Ok(dropped(DropReason::TtlExceeded, flow.service));
+            }
+            let next = after(flow.state, packet, true);
+            move_load(&mut self.load, flow.backend, flow.state, next);
+            flow.state = next;
+            let (vip, client) = (flow.vip, flow.client);
+            let mut out = rewritten(packet, vip, client);
+            (out.src_mac, out.dst_mac) = (flow.macs.1, flow.macs.0);
+            return Ok(Prediction {
+                verdict: Verdict::Tx,
+                frame: Some(out.build()),
+                counts: Counts::default().packet_out(flow.service, flow.backend, packet.ip_len()),
+            });
+        }
+        if let Some(n) = self
+            .flows
+            .iter()
+            .position(|f| f.protocol == packet.protocol() && f.client == from && f.vip == to)
+            && let Some(prediction) = self.known(n, packet)
+        {
+            return Ok(prediction);
+        }
+        if !ours {
+            return Ok(nobody);
+        }
+        self.begin(packet, real)
+    }
+
+    /// A client's packet on flow `n`. `None`: the flow is over and the packet begins another.
+    fn known(&mut self, n: usize, packet: &Packet) -> Option<Prediction> {
+        let flow = self.flows[n].clone();
+        if packet.ttl <= 1 {
+            return Some(dropped(DropReason::TtlExceeded, flow.service));
+        }
+        let service = &self.services[flow.service as usize - 1];
+        let backend = &service.backends[flow.index];
+        let same = flow.generation == self.generation(flow.backend);
+        let resets = service.on_backend_down == on_backend_down::RESET;
+        let opens = opens(packet);
+        if !same || (!backend.alive && resets) {
+            self.forget(n, same);
+            return if opens || flow.protocol != TCP {
+                None
+            } else {
+                Some(refused(packet, DropReason::BackendDown, flow.service))
+            };
+        }
+        if opens && (!backend.alive || flow.state >= state::TIME_WAIT) {
+            self.forget(n, true);
+            return None;
+        }
+        let limit = service.connect_timeout;
+        if opens && limit != 0 && flow.state == state::SYN_SENT && flow.age >= limit {
+            self.forget(n, true);
+            return Some(refused(packet, DropReason::ConnectTimeout, flow.service));
+        }
+        if !backend.resolved {
+            return Some(dropped(DropReason::NoNeighbour, flow.service));
+        }
+        let mac = backend.mac;
+        let next = after(flow.state, packet, false);
+        move_load(&mut self.load, flow.backend, flow.state, next);
+        self.flows[n].state = next;
+        Some(to_backend(packet, &flow, mac))
+    }
+
+    fn begin(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
+        let Some(n) = self.services.iter().position(|s| {
+            (s.vip, s.port, s.protocol) == (packet.dst, packet.dport, packet.protocol())
+        }) else {
+            return Ok(pass(packet));
+        };
+        let number = n as u32 + 1;
+        if packet.protocol() == TCP && !opens(packet) {
+            return Ok(refused(packet, DropReason::NoFlow, number));
+        }
+        let without_backend = self.services[n].on_no_backend;
+        let Some(index) = self.pick(number, packet) else {
+            return Ok(match without_backend {
+                on_no_backend::PASS => pass(packet),
+                on_no_backend::DROP => dropped(DropReason::NoBackend, number),
+                _ => refused(packet, DropReason::NoBackend, number),
+            });
+        };
+        let service = &self.services[n];
+        let backend = service.backends[index].clone();
+        assert_eq!(backend.ifindex, INGRESS, "the model knows one interface");
+        if !backend.resolved {
+            return Ok(dropped(DropReason::NoNeighbour, number));
+        }
+        if packet.ttl <= 1 {
+            return Ok(dropped(DropReason::TtlExceeded, number));
+        }
+        let source = BALANCER.ip(packet.family);
+        let backend_address = (backend.ip, backend.port);
+        let used: Vec<u16> = self
+            .flows
+            .iter()
+            .filter(|f| f.protocol == packet.protocol() && f.backend_address == backend_address)
+            .map(|f| f.nat.1)
+            .collect();
+        if used.len() == self.ports.len() {
+            return Ok(dropped(DropReason::PortExhausted, number));
+        }
+        let Some((port, _)) = oracle::ports(&real.frame).filter(|_| real.verdict == Verdict::Tx)
+        else {
+            return Err(format!(
+                "a new flow to {backend_address:?} should leave, but {:?} {:?}",
+                real.verdict, real.counts
+            ));
+        };
+        if !self.ports.contains(&port) {
+            return Err(format!("source port {port} is outside {:?}", self.ports));
+        }
+        if used.contains(&port) {
+            return Err(format!(
+                "source port {port} is in use to {backend_address:?}"
+            ));
+        }
+        let number_of_backend = self.first_backend[n] + index as u32;
+        let flow = Flow {
+            protocol: packet.protocol(),
+            client: (packet.src, packet.sport),
+            vip: (packet.dst, packet.dport),
+            nat: (source, port),
+            backend_address,
+            service: number,
+            index,
+            backend: number_of_backend,
+            generation: self.generation(number_of_backend),
+            state: if packet.protocol() == TCP {
+                state::SYN_SENT
+            } else {
+                state::UDP
+            },
+            macs: (packet.src_mac, packet.dst_mac),
+            age: 0,
+        };
+        let load = self.load.entry(number_of_backend).or_default();
+        if packet.protocol() == TCP {
+            load.1 += 1;
+        } else {
+            load.0 += 1;
+        }
+        let mut prediction = to_backend(packet, &flow, backend.mac);
+        prediction.counts = prediction.counts.connection(number, number_of_backend);
+        self.flows.push(flow);
+        Ok(prediction)
+    }
+
+    fn pick(&mut self, number: u32, packet: &Packet) -> Option<usize> {
+        let service = &self.services[number as usize - 1];
+        let table = crate::harness::selection_table(service);
+        if table.is_empty() {
+            return None;
+        }
+        let word = address_word(packet.src);
+        let by_hash = |words: [u32; 3]| {
+            let hash = u128::from(lookup3(&words, SEED));
+            ((hash * table.len() as u128) / (1 << 32)) as usize
+        };
+        let slot = match service.scheduler {
+            scheduler::ROUND_ROBIN => {
+                let turn = self.turns.entry(number).or_default();
+                *turn += 1;
+                (*turn - 1) % table.len()
+            }
+            scheduler::SOURCE_HASH => by_hash([word, 0, 0]),
+            _ => {
+                let ports = u32::from(packet.sport.to_be()) << 16 | u32::from(packet.dport.to_be());
+                by_hash([word, ports, u32::from(packet.protocol())])
+            }
+        };
+        Some(table[slot])
+    }
+
+    fn generation(&self, backend: u32) -> u32 {
+        self.generations.get(&backend).copied().unwrap_or(1)
+    }
+
+    fn forget(&mut self, n: usize, counted: bool) {
+        let flow = self.flows.remove(n);
+        if counted {
+            let load = self.load.entry(flow.backend).or_default();
+            if is_active(flow.state) {
+                load.0 -= 1;
+            } else {
+                load.1 -= 1;
+            }
+        }
+    }
+
+    /// The flow tables as they must be, sorted. The state of a backend's entry is left at 0.
+    #[must_use]
+    pub fn flow_entries(&self, family: Family) -> Vec<FlowEntry> {
+        let mut entries = Vec::new();
+        for f in &self.flows {
+            if f.vip.0.is_ipv4() != (family == Family::V4) {
+                continue;
+            }
+            let entry = FlowEntry {
+                src: f.client,
+                dst: f.vip,
+                protocol: u32::from(f.protocol),
+                out_src: f.nat,
+                out_dst: f.backend_address,
+                backend: f.backend,
+                generation: f.generation,
+                service: f.service,
+                state: f.state,
+                from_backend: false,
+            };
+            entries.push(FlowEntry {
+                src: f.backend_address,
+                dst: f.nat,
+                out_src: f.vip,
+                out_dst: f.client,
+                state: 0,
+                from_backend: true,
+                ..entry.clone()
+            });
+            entries.push(entry);
+        }
+        entries.sort();
+        entries
+    }
+}
+
+fn is_active(state: u8) -> bool {
+    state == state::ESTABLISHED || state == state::UDP
+}
+
+fn move_load(load: &mut BTreeMap<u32, (u64, u64)>, backend: u32, before: u8, after: u8) {
+    let load = load.entry(backend).or_default();
+    match (is_active(before), is_active(after)) {
+        (true, false) => *load = (load.0 - 1, load.1 + 1),
+        (false, true) => *load = (load.0 + 1, load.1 - 1),
+        _ => {}
+    }
+}
+
+/// SYN, ACK, FIN and RST of a packet.
+fn flags(packet: &Packet) -> (bool, bool, bool, bool) {
+    match &packet.transport {
+        Transport::Tcp(t) => (t.syn, t.ack, t.fin, t.rst),
+        _ => (false, false, false, false),
+    }
+}
+
+fn opens(packet: &Packet) -> bool {
+    flags(packet) == (true, false, false, false)
+}
+
+/// The life of a connection, as a list of what may happen.
+fn after(state: u8, packet: &Packet, from_backend: bool) -> u8 {
+    use state::{
+        CLOSED, ESTABLISHED, FIN_BACKEND, FIN_CLIENT, SYN_RECEIVED, SYN_SENT, TIME_WAIT, UDP,
+    };
+    let (syn, ack, fin, rst) = flags(packet);
+    match state {
+        UDP | CLOSED => state,
+        _ if rst => CLOSED,
+        TIME_WAIT => TIME_WAIT,
+        FIN_CLIENT if fin && from_backend => TIME_WAIT,
+        FIN_BACKEND if fin && !from_backend => TIME_WAIT,
+        _ if fin && from_backend => FIN_BACKEND,
+        _ if fin => FIN_CLIENT,
+        SYN_SENT if from_backend && syn && ack => SYN_RECEIVED,
+        SYN_RECEIVED if !from_backend && ack && !syn => ESTABLISHED,
+        _ => state,
+    }
+}
+
+/// A packet with other addresses and ports, a hop older, and a checksum that is complete.
+fn rewritten(packet: &Packet, from: (IpAddr, u16), to: (IpAddr, u16)) -> Packet {
+    let mut out = packet.clone();
+    (out.src, out.sport) = from;
+    (out.dst, out.dport) = to;
+    out.ttl -= 1;
+    let missing = packet.checksum == Checksum::Zero;
+    if !missing && packet.reads_as_partial() {
+        out.checksum = Checksum::Right;
+    }
+    out
+}
+
+fn to_backend(packet: &Packet, flow: &Flow, mac: Mac) -> Prediction {
+    let out = rewritten(packet, flow.nat, flow.backend_address).macs(BALANCER.mac, mac);
+    Prediction {
+        verdict: Verdict::Tx,
+        frame: Some(out.build()),
+        counts: Counts::default().packet_in(flow.service, flow.backend, packet.ip_len()),
+    }
+}
+
+fn pass(packet: &Packet) -> Prediction {
+    Prediction {
+        verdict: Verdict::Pass,
+        frame: Some(packet.build()),
+        counts: Counts::default(),
+    }
+}
+
+fn dropped(reason: DropReason, service: u32) -> Prediction {
+    Prediction {
+        verdict: Verdict::Drop,
+        frame: None,
+        counts: Counts::default().drop(reason, service),
+    }
+}
+
+/// TCP is told, unless it is a RST itself; UDP is dropped.
+fn refused(packet: &Packet, reason: DropReason, service: u32) -> Prediction {
+    let mut prediction = dropped(reason, service);
+    if packet.protocol() == TCP && !flags(packet).3 {
+        prediction.verdict = Verdict::Tx;
+        prediction.frame = Some(reset_for(packet).build());
+    }
+    prediction
+}
+
+fn answer_ping(packet: &Packet, rest: [u8; 4]) -> Prediction {
+    let mut out = packet.clone();
+    out.transport = match pong(packet.family, 0, 0).transport {
+        Transport::Icmp { kind, .. } => Transport::Icmp {
+            kind,
+            code: 0,
+            rest,
+        },
+        other => other,
+    };
+    (out.src, out.dst) = (packet.dst, packet.src);
+    (out.src_mac, out.dst_mac) = (packet.dst_mac, packet.src_mac);
+    out.ttl = 64;
+    Prediction {
+        verdict: Verdict::Tx,
+        frame: Some(out.build()),
+        counts: Counts::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Values computed with the kernel's `jhash.h`, compiled as C.
+    #[test]
+    fn lookup3_equals_the_kernel() {
+        assert_eq!(lookup3(&[1, 2, 3], 0), 0xa461_58f5);
+        assert_eq!(lookup3(&[1, 2, 3, 4], 0), 0x6649_1246);
+        assert_eq!(
+            lookup3(&[0xffff_ffff, 0, 0xdead_beef, 7], SEED),
+            0x2812_23a4
+        );
+    }
+
+    proptest! {
+        /// Two implementations of the same function.
+        #[test]
+        fn lookup3_equals_the_shared_hash(a: u32, b: u32, c: u32, d: u32, seed: u32) {
+            prop_assert_eq!(lookup3(&[a, b, c], seed), lb_common::hash::jhash_3words(a, b, c, seed));
+            prop_assert_eq!(lookup3(&[a, b, c, d], seed), lb_common::hash::jhash_4words(&[a, b, c, d], seed));
+        }
+    }
+}

@@ -1,0 +1,466 @@
+//! Random packet sequences through the real program and the reference model, in step.
+//!
+//! Seeded, so a failure repeats. `SLUICE_MODEL_CASES` sets the number of sequences.
+
+use lb_common::{
+    names,
+    service::{on_backend_down, on_no_backend, scheduler},
+    stats::DropReason,
+};
+use proptest::{
+    prelude::*,
+    test_runner::{RngAlgorithm, TestRng, TestRunner},
+};
+use sluice_tests::{
+    harness::{Balancer, Service, TCP, UDP, service},
+    model::Model,
+    oracle,
+    packet::{
+        BACKEND_1, BACKEND_2, BACKEND_3, BALANCER, CLIENT, CLIENT_2, Checksum, DESTINATION_OPTIONS,
+        Family, GATEWAY, HOP_BY_HOP, Host, Packet, STRANGER, Transport, VIP, VIP_2, ping,
+        transport,
+    },
+};
+use std::{cell::RefCell, collections::BTreeMap};
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+enum Event {
+    /// A client sends to a VIP.
+    Client {
+        client: u8,
+        port: u16,
+        target: u8,
+        dress: Dress,
+    },
+    /// The client of a flow, chosen among those there are, sends more.
+    More { flow: u16, dress: Dress },
+    /// The backend of a flow, chosen among those there are, answers.
+    Reply { flow: u16, dress: Dress },
+    /// A packet that belongs to nothing.
+    Stray {
+        from: u8,
+        to: u8,
+        port: u16,
+        dress: Dress,
+    },
+    Ping {
+        client: u8,
+        vip: bool,
+        len: u8,
+        family: bool,
+    },
+    /// Damaged headers.
+    Malformed { target: u8, damage: u8 },
+    /// The backend of a flow, chosen as above, changes.
+    Backend {
+        flow: u16,
+        alive: bool,
+        resolved: bool,
+        weight: u8,
+    },
+    /// Time passes.
+    Age,
+}
+
+/// What a packet looks like beside its addresses.
+#[derive(Clone, Debug)]
+struct Dress {
+    flags: u8,
+    len: u16,
+    checksum: u8,
+    ttl: u8,
+    extra: u8,
+}
+
+/// Far more than a sequence takes, so real time does not decide anything.
+const CONNECT_TIMEOUT: u32 = 100_000;
+const AGE: u32 = 40_000;
+
+const CLIENTS: [Host; 3] = [CLIENT, CLIENT_2, STRANGER];
+
+/// Family, protocol, VIP, port; the last two are no service.
+const TARGETS: [(Family, u8, Host, u16); 10] = [
+    (Family::V4, TCP, VIP, 80),
+    (Family::V6, TCP, VIP, 80),
+    (Family::V4, UDP, VIP, 80),
+    (Family::V6, UDP, VIP, 53),
+    (Family::V4, TCP, VIP_2, 443),
+    (Family::V6, TCP, VIP_2, 443),
+    (Family::V4, UDP, VIP_2, 80),
+    (Family::V6, UDP, VIP_2, 81),
+    (Family::V4, TCP, VIP, 81),
+    (Family::V6, UDP, STRANGER, 80),
+];
+
+fn balancer() -> Balancer {
+    let schedulers = [
+        scheduler::ROUND_ROBIN,
+        scheduler::MAGLEV,
+        scheduler::SOURCE_HASH,
+    ];
+    let no_backend = [
+        on_no_backend::RESET,
+        on_no_backend::DROP,
+        on_no_backend::PASS,
+    ];
+    let services = TARGETS[..8]
+        .iter()
+        .enumerate()
+        .map(|(n, (family, protocol, vip, port))| {
+            let mut s = service(*family, *protocol, *vip, *port)
+                .scheduler(schedulers[n % 3])
+                .on_no_backend(no_backend[(n / 2) % 3])
+                .on_backend_down(if n < 4 {
+                    on_backend_down::KEEP
+                } else {
+                    on_backend_down::RESET
+                })
+                // The first backend serves all services: they share its source ports.
+                .backend(BACKEND_1, 8080, 3)
+                .backend(BACKEND_2, 8000 + n as u16, 2);
+            if n % 2 == 0 {
+                s = s.backend(BACKEND_3, 9000, 1);
+            }
+            if n < 4 {
+                s = s.connect_timeout(CONNECT_TIMEOUT);
+            }
+            s
+        })
+        .collect();
+    // Few ports, so that they run out now and then; fewer than are tried, so that a refusal means
+    // that all are taken.
+    Balancer::with_ports(services, (30000, 30005))
+}
+
+fn dress() -> impl Strategy<Value = Dress> {
+    // Mostly the packets of ordinary connections.
+    let flags = prop_oneof![
+        4 => Just(SYN),
+        2 => Just(SYN | ACK),
+        5 => Just(ACK),
+        2 => Just(FIN | ACK),
+        1 => Just(RST),
+        1 => any::<u8>(),
+    ];
+    let ttl = prop_oneof![25 => Just(64u8), 1 => 0u8..3];
+    (flags, 0u16..1400, 0u8..10, ttl, 0u8..40).prop_map(|(flags, len, checksum, ttl, extra)| {
+        Dress {
+            flags,
+            // Long packets now and then; most are short.
+            len: if len % 8 == 0 { len } else { len % 40 },
+            checksum,
+            ttl,
+            extra,
+        }
+    })
+}
+
+/// Mostly one of the first flows, so that some connections go through many states.
+fn flow() -> impl Strategy<Value = u16> {
+    prop_oneof![2 => 0u16..3, 1 => any::<u16>()]
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        10 => (0u8..3, 0u16..4, 0u8..10, dress()).prop_map(|(client, port, target, dress)| {
+            Event::Client { client, port: 40000 + port, target, dress }
+        }),
+        10 => (flow(), dress()).prop_map(|(flow, dress)| Event::More { flow, dress }),
+        10 => (flow(), dress()).prop_map(|(flow, dress)| Event::Reply { flow, dress }),
+        2 => (0u8..6, 0u8..6, prop_oneof![Just(80u16), Just(8080), 29998u16..30008], dress())
+            .prop_map(|(from, to, port, dress)| Event::Stray { from, to, port, dress }),
+        1 => (0u8..3, any::<bool>(), any::<u8>(), any::<bool>())
+            .prop_map(|(client, vip, len, family)| Event::Ping { client, vip, len, family }),
+        1 => (0u8..10, 0u8..6).prop_map(|(target, damage)| Event::Malformed { target, damage }),
+        2 => (flow(), prop::bool::weighted(0.5), prop::bool::weighted(0.8), 0u8..5)
+            .prop_map(|(flow, alive, resolved, weight)| {
+                Event::Backend { flow, alive, resolved, weight }
+            }),
+        3 => Just(Event::Age),
+    ]
+}
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const PSH: u8 = 8;
+const ACK: u8 = 16;
+
+impl Dress {
+    fn on(&self, mut packet: Packet) -> Packet {
+        if let Transport::Tcp(t) = &mut packet.transport {
+            (t.fin, t.syn) = (self.flags & FIN != 0, self.flags & SYN != 0);
+            (t.rst, t.psh) = (self.flags & RST != 0, self.flags & PSH != 0);
+            t.ack = self.flags & ACK != 0;
+            t.urg = self.flags & 32 != 0;
+            t.acknowledgment_number = 0x0102_0304 ^ u32::from(self.len) << 16;
+        }
+        packet.ttl = self.ttl;
+        packet.payload = (0..self.len).map(|i| (i ^ self.len) as u8).collect();
+        packet = match self.extra {
+            0 => packet.vlan(0x8100, 0x2064),
+            1 => packet.vlan(0x88a8, 100).vlan(0x8100, 200),
+            2 if packet.family == Family::V4 => packet.options(&[1, 1, 1, 0]),
+            2 => packet.extension(HOP_BY_HOP, 8),
+            3 if packet.family == Family::V6 => packet
+                .extension(HOP_BY_HOP, 8)
+                .extension(DESTINATION_OPTIONS, 16),
+            4 => packet.trailer([0; 6]),
+            5 => packet.fragment(0, true),
+            6 => packet.fragment(9, false),
+            _ => packet,
+        };
+        // A fragment's checksum covers bytes that are not here: whatever stands there will do.
+        packet.checksum = match self.checksum {
+            0..=2 => Checksum::Partial,
+            3 => Checksum::Wrong(0x0101),
+            4 if packet.protocol() == UDP && packet.family == Family::V4 => Checksum::Zero,
+            _ => Checksum::Right,
+        };
+        packet
+    }
+}
+
+fn packet_to(target: u8) -> Packet {
+    let (family, protocol, host, port) = TARGETS[usize::from(target)];
+    transport(family, protocol).to(host, port)
+}
+
+/// A frame whose headers contradict each other, whatever its destination.
+fn damage(packet: &Packet, kind: u8) -> Vec<u8> {
+    let mut frame = packet.build();
+    let v4 = packet.family == Family::V4;
+    let transport = if v4 { 34 } else { 54 };
+    match (kind, v4) {
+        // Version.
+        (0, _) => frame[14] ^= 0x80,
+        // IPv4 header length, IPv6 payload length.
+        (1, true) => frame[14] = 0x44,
+        (1, false) => frame[18..20].copy_from_slice(&[0xff, 0xff]),
+        // A frame that ends early.
+        (2, _) => frame.truncate(transport + 6),
+        // Total length, or payload length, that cuts the transport header.
+        (3, true) => frame[16..18].copy_from_slice(&[0, 27]),
+        (3, false) => frame[18..20].copy_from_slice(&[0, 7]),
+        // TCP header length, UDP length.
+        _ if packet.protocol() == TCP => frame[transport + 12] = 0x40,
+        _ => frame[transport + 4..transport + 6].copy_from_slice(&[0, 7]),
+    }
+    frame
+}
+
+/// What the sequences have reached: drop reasons, verdicts, states at the end.
+type Reached = BTreeMap<String, u64>;
+
+fn check(events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseError> {
+    let reach = |what: &str| *reached.borrow_mut().entry(what.to_owned()).or_default() += 1;
+    let mut balancer = balancer();
+    let mut model = Model::new(&balancer);
+    for (step, event) in events.iter().enumerate() {
+        let what = || format!("event {step}, {event:?}");
+        let packet = match event {
+            Event::Client {
+                client,
+                port,
+                target,
+                dress,
+            } => {
+                let host = CLIENTS[usize::from(*client)];
+                dress.on(packet_to(*target).from(host, *port))
+            }
+            Event::More { flow, dress } => {
+                if model.is_empty() {
+                    continue;
+                }
+                let n = usize::from(*flow) % model.len();
+                let (family, protocol, from, to) = model.client_tuple(n);
+                let packet = transport(family, protocol)
+                    .from(from.0, from.1)
+                    .to(to.0, to.1);
+                dress.on(packet)
+            }
+            Event::Reply { flow, dress } => {
+                if model.is_empty() {
+                    continue;
+                }
+                let n = usize::from(*flow) % model.len();
+                let (family, protocol, from, port) = model.reply_tuple(n);
+                let packet = transport(family, protocol)
+                    .macs(BACKEND_1.mac, BALANCER.mac)
+                    .from(from.0, from.1)
+                    .to(BALANCER, port);
+                dress.on(packet)
+            }
+            Event::Stray {
+                from,
+                to,
+                port,
+                dress,
+            } => {
+                let hosts = [CLIENT, BACKEND_1, BACKEND_2, BALANCER, VIP, STRANGER];
+                let family = Family::BOTH[usize::from(dress.len % 2)];
+                let protocol = if dress.len % 4 < 2 { TCP } else { UDP };
+                let packet = transport(family, protocol)
+                    .from(hosts[usize::from(*from)], 8080)
+                    .to(hosts[usize::from(*to)], *port);
+                dress.on(packet)
+            }
+            Event::Ping {
+                client,
+                vip,
+                len,
+                family,
+            } => ping(Family::BOTH[usize::from(*family)], 9, 1)
+                .from(CLIENTS[usize::from(*client)], 0)
+                .to(if *vip { VIP } else { BALANCER }, 0)
+                .payload(vec![*len; usize::from(*len)]),
+            Event::Malformed {
+                target,
+                damage: kind,
+            } => {
+                let packet = packet_to(*target).from(CLIENT, 40000).payload(*b"payload");
+                let frame = damage(&packet, *kind);
+                let real = balancer.run(&frame);
+                let expected = model.malformed(packet.dst, &frame);
+                prop_assert_eq!(real.verdict, expected.verdict, "{}", what());
+                prop_assert_eq!(&real.counts, &expected.counts, "{}", what());
+                if let Some(frame) = &expected.frame {
+                    prop_assert_eq!(frame, &real.frame, "{}", what());
+                }
+                continue;
+            }
+            Event::Backend {
+                flow,
+                alive,
+                resolved,
+                weight,
+            } => {
+                if model.is_empty() {
+                    continue;
+                }
+                let (number, index) = model.backend_of(usize::from(*flow) % model.len());
+                let change = |s: &mut Service| {
+                    let b = &mut s.backends[index];
+                    (b.alive, b.resolved) = (*alive, *resolved);
+                    b.weight = u32::from(*weight);
+                };
+                balancer.change(number, change);
+                model.change(number, change);
+                continue;
+            }
+            Event::Age => {
+                balancer.age_flows(AGE);
+                model.age(AGE);
+                continue;
+            }
+        };
+        let real = balancer.send(&packet);
+        let expected = model
+            .step(&packet, &real)
+            .map_err(|e| TestCaseError::fail(format!("{}: {e}", what())))?;
+        prop_assert_eq!(
+            real.verdict,
+            expected.verdict,
+            "the verdict of {}; counted {:?}",
+            what(),
+            real.counts
+        );
+        if let Some(frame) = &expected.frame {
+            let difference = oracle::difference(frame, &real.frame);
+            prop_assert!(difference.is_empty(), "{}:\n{}", what(), difference);
+        }
+        prop_assert_eq!(&real.counts, &expected.counts, "the counters of {}", what());
+        reach(&format!("{:?}", real.verdict));
+        real.counts.drops.keys().for_each(|reason| reach(reason));
+    }
+    for family in Family::BOTH {
+        let mut real = balancer.flows(family);
+        for entry in real.iter_mut().filter(|e| e.from_backend) {
+            entry.state = 0;
+        }
+        real.sort();
+        for entry in &real {
+            reach(names::name_of(names::STATE, entry.state));
+        }
+        prop_assert_eq!(
+            real,
+            model.flow_entries(family),
+            "the flow table of {:?}",
+            family
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_program_does_what_the_model_does() {
+    let cases = match std::env::var("SLUICE_MODEL_CASES") {
+        Ok(text) => text
+            .parse()
+            .expect("SLUICE_MODEL_CASES is a number of sequences"),
+        Err(_) => 300,
+    };
+    let config = ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_iters: 2000,
+        ..ProptestConfig::default()
+    };
+    let seed = *b"sluice: one seed for all runs...";
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let reached = RefCell::new(Reached::new());
+    let result = runner.run(&proptest::collection::vec(event(), 1..150), |events| {
+        check(&events, &reached)
+    });
+    if let Err(e) = result {
+        panic!("{e}");
+    }
+    // Agreement counts only for what the sequences have reached.
+    let reached = reached.into_inner();
+    let reasons = [
+        DropReason::Fragment,
+        DropReason::NoBackend,
+        DropReason::NoNeighbour,
+        DropReason::TtlExceeded,
+        DropReason::PortExhausted,
+        DropReason::NoFlow,
+        DropReason::BackendDown,
+        DropReason::ConnectTimeout,
+    ];
+    let wanted = reasons
+        .iter()
+        .map(|r| r.name())
+        .chain(["Tx", "Pass", "Drop"])
+        .chain(names::STATE.iter().map(|(_, name)| *name));
+    if cases >= 300 {
+        for what in wanted {
+            assert!(
+                reached.contains_key(what),
+                "no sequence has reached {what}: {reached:?}"
+            );
+        }
+    }
+    println!("{reached:#?}");
+}
+
+/// The model must be able to fail: a packet sent behind its back is noticed.
+#[test]
+fn the_model_notices_a_difference() {
+    let mut balancer = balancer();
+    let mut model = Model::new(&balancer);
+    let first = packet_to(2)
+        .from(CLIENT, 40000)
+        .macs(GATEWAY.mac, BALANCER.mac);
+    let _ = balancer.send(&first);
+    let second = packet_to(2)
+        .from(CLIENT, 40001)
+        .macs(GATEWAY.mac, BALANCER.mac);
+    let real = balancer.send(&second);
+    let expected = model.step(&second, &real).expect("the port is free");
+    assert_ne!(
+        real.counts, expected.counts,
+        "round robin is a turn further than the model knows"
+    );
+}

@@ -1,0 +1,10 @@
+//! The real data plane on single packets: a file per behaviour.
+
+mod checksum;
+mod malformed;
+mod nat;
+mod neighbour;
+mod passthrough;
+mod refusal;
+mod scheduling;
+mod tcp_state;
