@@ -23,6 +23,7 @@ mod detach;
 mod generate;
 mod map;
 mod output;
+mod run;
 mod service;
 mod stats;
 mod status;
@@ -57,6 +58,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::Args),
     Stop(stop::Args),
     Detach(detach::Args),
     #[command(subcommand)]
@@ -113,6 +115,7 @@ fn run(cli: Cli) -> Result<String> {
         ),
     };
     match cli.command {
+        Command::Run(args) => args.run().map(|()| String::new()),
         Command::Stop(args) => wait(args.run(&context)),
         Command::Detach(args) => wait(args.run(context)),
         Command::Config(command) => command.run(),

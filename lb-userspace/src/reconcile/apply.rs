@@ -1,7 +1,7 @@
 //! Carries a plan out, and reads what adopted maps hold.
 
-use super::plan::{Found, Op, ServiceId};
-use crate::{config::Protocol, dataplane::Maps};
+use super::plan::{Found, Op};
+use crate::{config::Protocol, dataplane::Maps, model::ServiceKey as Key};
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
     addr::{from_ipv4, from_ipv6},
@@ -87,7 +87,7 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
     Ok(())
 }
 
-fn key<A: lb_common::addr::Address>(vip: A, id: &ServiceId) -> ServiceKey<A> {
+fn key<A: lb_common::addr::Address>(vip: A, id: &Key) -> ServiceKey<A> {
     ServiceKey::new(vip, id.listen.port().to_be(), id.protocol.number())
 }
 
@@ -152,12 +152,12 @@ pub fn find(maps: &Maps) -> Result<Found> {
     Ok(found)
 }
 
-fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(ServiceId, u32)> {
+fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(Key, u32)> {
     let protocol = match key.protocol {
         6 => Protocol::Tcp,
         17 => Protocol::Udp,
         _ => return None,
     };
     let listen = SocketAddr::new(vip, u16::from_be(key.port));
-    Some((ServiceId { listen, protocol }, number))
+    Some((Key { listen, protocol }, number))
 }

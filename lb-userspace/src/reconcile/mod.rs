@@ -14,4 +14,4 @@ mod filter;
 pub mod plan;
 mod slots;
 
-pub use plan::{Backend, Hop, Op, Reconciler, Service, ServiceId};
+pub use plan::{Backend, Hop, Op, Reconciler, Service};

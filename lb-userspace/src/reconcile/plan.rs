@@ -5,7 +5,7 @@ use super::{
     slots::{Region, SlotSpace},
 };
 use crate::{
-    config::Protocol,
+    model::ServiceKey,
     scheduler::{self, Member},
 };
 use anyhow::{Result, anyhow};
@@ -22,20 +22,11 @@ use std::{
     time::Instant,
 };
 
-/// What a service is found by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ServiceId {
-    /// VIP and port.
-    pub listen: SocketAddr,
-    /// Transport protocol.
-    pub protocol: Protocol,
-}
-
 /// A service as it shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// What it is found by.
-    pub id: ServiceId,
+    pub id: ServiceKey,
     /// Its name, for messages.
     pub name: String,
     /// One of [`lb_common::service::forward`].
@@ -131,14 +122,14 @@ pub enum Op {
     /// Lets packets find a service.
     Publish {
         /// What they find it by.
-        id: ServiceId,
+        id: ServiceKey,
         /// Service number.
         number: u32,
     },
     /// Packets find a service no longer.
     Withdraw {
         /// What they found it by.
-        id: ServiceId,
+        id: ServiceKey,
     },
     /// Forgets a VIP.
     RemoveVip {
@@ -150,7 +141,7 @@ pub enum Op {
 /// What the maps hold, and how it is changed.
 #[derive(Debug)]
 pub struct Reconciler {
-    services: HashMap<ServiceId, Held>,
+    services: HashMap<ServiceKey, Held>,
     service_numbers: Numbers,
     backend_numbers: Numbers,
     /// The generation each backend number had last.
@@ -204,7 +195,7 @@ struct Table {
 #[derive(Debug, Default)]
 pub struct Found {
     /// Keys and numbers of maps `services4` and `services6`.
-    pub services: Vec<(ServiceId, u32)>,
+    pub services: Vec<(ServiceKey, u32)>,
     /// Every element of map `services` that is in use, by its number.
     pub records: HashMap<u32, ServiceRecord>,
     /// Every element of map `backends`, by its number.
@@ -257,7 +248,7 @@ impl Reconciler {
                 },
             );
         }
-        let by_number: HashMap<u32, ServiceId> = self
+        let by_number: HashMap<u32, ServiceKey> = self
             .services
             .iter()
             .map(|(id, held)| (held.number, *id))
@@ -315,24 +306,24 @@ impl Reconciler {
     }
 
     /// Services in the maps.
-    pub fn service_ids(&self) -> impl Iterator<Item = ServiceId> + '_ {
+    pub fn service_ids(&self) -> impl Iterator<Item = ServiceKey> + '_ {
         self.services.keys().copied()
     }
 
     /// The number of a service.
     #[must_use]
-    pub fn service_number(&self, id: &ServiceId) -> Option<u32> {
+    pub fn service_number(&self, id: &ServiceKey) -> Option<u32> {
         self.services.get(id).map(|held| held.number)
     }
 
     /// The number of a backend.
     #[must_use]
-    pub fn backend_number(&self, id: &ServiceId, address: &SocketAddr) -> Option<u32> {
+    pub fn backend_number(&self, id: &ServiceKey, address: &SocketAddr) -> Option<u32> {
         Some(self.services.get(id)?.backends.get(address)?.number)
     }
 
     /// Backends that wait for their flows to end.
-    pub fn retiring(&self) -> impl Iterator<Item = (ServiceId, SocketAddr, u32)> + '_ {
+    pub fn retiring(&self) -> impl Iterator<Item = (ServiceKey, SocketAddr, u32)> + '_ {
         self.services.iter().flat_map(|(id, held)| {
             held.backends
                 .iter()
@@ -352,7 +343,7 @@ impl Reconciler {
     pub fn plan(
         &mut self,
         wanted: &[Service],
-        removed: &[ServiceId],
+        removed: &[ServiceKey],
         hop: impl Fn(IpAddr) -> Option<Hop>,
         now: Instant,
     ) -> Result<Vec<Op>> {
@@ -596,7 +587,7 @@ impl Reconciler {
     }
 
     /// Takes a service away, with its backends and, if it was the last on it, its VIP.
-    fn remove(&mut self, id: &ServiceId, now: Instant, ops: &mut Vec<Op>) {
+    fn remove(&mut self, id: &ServiceKey, now: Instant, ops: &mut Vec<Op>) {
         let Some(held) = self.services.remove(id) else {
             return;
         };
@@ -623,7 +614,7 @@ impl Reconciler {
     }
 
     /// Takes away a backend that is configured no longer; one that still is stays.
-    pub fn forget_backend(&mut self, id: &ServiceId, address: &SocketAddr) -> Vec<Op> {
+    pub fn forget_backend(&mut self, id: &ServiceKey, address: &SocketAddr) -> Vec<Op> {
         let mut ops = Vec::new();
         if let Some(held) = self.services.get_mut(id)
             && held.backends.get(address).is_some_and(|b| b.retiring)

@@ -1,6 +1,7 @@
 //! Plans carried out on maps made of ordinary collections, looked at after every single step.
 
 use super::*;
+use crate::config::Protocol;
 use lb_common::{
     backend::NO_BACKEND,
     service::{on_backend_down, on_no_backend, scheduler as schedulers},
@@ -74,12 +75,12 @@ impl Fake {
 
     /// What a new daemon would find.
     fn found(&self) -> Found {
-        let services: Vec<(ServiceId, u32)> = self
+        let services: Vec<(ServiceKey, u32)> = self
             .keys
             .iter()
             .map(|((listen, protocol), number)| {
                 let (listen, protocol) = (*listen, *protocol);
-                (ServiceId { listen, protocol }, *number)
+                (ServiceKey { listen, protocol }, *number)
             })
             .collect();
         let tables = self
@@ -104,8 +105,8 @@ impl Fake {
     }
 }
 
-fn id(n: u8) -> ServiceId {
-    ServiceId {
+fn id(n: u8) -> ServiceKey {
+    ServiceKey {
         listen: SocketAddr::from(([203, 0, 113, n / 2], 80 + u16::from(n % 2))),
         protocol: Protocol::Tcp,
     }
@@ -297,8 +298,8 @@ proptest! {
                 carry_out(&mut fake, &ops);
             }
             let wanted: Vec<Service> = wish.iter().map(|(n, pool)| service(*n, pool)).collect();
-            let ids: HashSet<ServiceId> = wanted.iter().map(|s| s.id).collect();
-            let removed: Vec<ServiceId> =
+            let ids: HashSet<ServiceKey> = wanted.iter().map(|s| s.id).collect();
+            let removed: Vec<ServiceKey> =
                 reconciler.service_ids().filter(|id| !ids.contains(id)).collect();
             let ops = reconciler.plan(&wanted, &removed, hop, now).unwrap();
             carry_out(&mut fake, &ops);

@@ -1,0 +1,629 @@
+//! The daemon: one task that takes events in turn and keeps the maps true to them.
+//!
+//! Events are results of checks, next hops, the host's addresses, requests from the API, signals,
+//! and a timer. Each changes the model; services it touched are then reconciled, however many
+//! events came in the meantime. Whatever takes long (listing or sweeping the flow tables) runs
+//! beside the task.
+
+mod control;
+mod start;
+mod views;
+
+use crate::{
+    api::Failure,
+    config::{self, Config},
+    dataplane::Dataplane,
+    flows::{self, Flows, Sweep, Timeouts},
+    health::{Checker, Target},
+    model::{BackendKey, Change, CheckResult, Model, Path as Way, ServiceKey, State},
+    neigh::{Neighbours, NextHop, Resolution},
+    reconcile::{self, Hop, Reconciler, apply},
+};
+use anyhow::{Context as _, Result};
+use lb_common::{service::Interface, stats::DropReason};
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tracing::{debug, error, info, warn};
+
+pub use start::run;
+
+/// Shortest time from one sweep of the flow tables to the next.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// A sweep may take one part in this many of the time.
+const SWEEP_SHARE: u32 = 10;
+/// How long the flows of a backend that was removed from the configuration may go on.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
+/// Shortest time between two warnings of the same kind about packets.
+const WARN_INTERVAL: Duration = Duration::from_secs(10);
+/// Events that are taken before the maps are reconciled.
+const BATCH: usize = 4096;
+
+/// What a request does with the daemon, on its task.
+type Job = Box<dyn FnOnce(&mut Daemon) + Send>;
+
+/// Everything the daemon owns.
+struct Daemon {
+    /// The configuration file.
+    file: PathBuf,
+    config: Config,
+    dataplane: Dataplane,
+    model: Model,
+    reconciler: Reconciler,
+    checker: Checker<BackendKey>,
+    neighbours: Neighbours,
+    /// The way to each address, as the data plane needs it.
+    hops: HashMap<IpAddr, Hop>,
+    /// The last word about each address, to be judged anew when the set of interfaces changes.
+    resolutions: HashMap<IpAddr, Resolution>,
+    /// Addresses the kernel holds.
+    local: watch::Receiver<Arc<HashSet<IpAddr>>>,
+    /// Services whose maps may not be true.
+    dirty: HashSet<ServiceKey>,
+    /// Since when backends that were removed wait for their flows.
+    retiring: HashMap<(ServiceKey, SocketAddr), Instant>,
+    /// Drops of the kinds that are warned of, and when.
+    warned: HashMap<DropReason, (u64, Option<Instant>)>,
+    started: Instant,
+    /// Why the last reload was refused, if it was.
+    reload_error: Option<String>,
+    ended: bool,
+}
+
+/// Where events come from.
+struct Events {
+    results: mpsc::Receiver<(BackendKey, CheckResult)>,
+    ways: mpsc::Receiver<(IpAddr, Resolution)>,
+    local: watch::Receiver<Arc<HashSet<IpAddr>>>,
+    jobs: mpsc::Receiver<Job>,
+}
+
+/// A sweep that runs beside the task, or the tables until the next.
+enum Sweeper {
+    Resting(Flows, tokio::time::Instant),
+    Running(JoinHandle<(Flows, Result<Sweep>, Duration)>),
+}
+
+impl Daemon {
+    /// Takes events until one of them ends the daemon.
+    async fn serve(mut self, mut events: Events) -> Result<()> {
+        let mut hangup = signal(SignalKind::hangup())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut sweeper = Sweeper::Resting(
+            Flows::new(&self.dataplane.maps)?,
+            tokio::time::Instant::now() + SWEEP_INTERVAL,
+        );
+        while !self.ended {
+            tokio::select! {
+                Some((key, result)) = events.results.recv() => self.checked(key, result),
+                Some((address, resolution)) = events.ways.recv() => self.resolved(address, resolution),
+                Ok(()) = events.local.changed() => self.touch_all(),
+                Some(job) = events.jobs.recv() => job(&mut self),
+                _ = hangup.recv() => {
+                    if let Err(failure) = self.reload() {
+                        error!("{failure}; the running configuration stays in force");
+                    }
+                }
+                _ = terminate.recv() => self.ended = true,
+                _ = interrupt.recv() => self.ended = true,
+                () = sweeper.turn() => {
+                    sweeper = self.sweep_turn(sweeper).await?;
+                }
+            }
+            self.take_waiting(&mut events);
+            self.reconcile();
+        }
+        info!("stopped; the data plane stays in the kernel and traffic flows on");
+        Ok(())
+    }
+
+    /// Takes the events that came while another was dealt with: one reconciliation serves all.
+    fn take_waiting(&mut self, events: &mut Events) {
+        for _ in 0..BATCH {
+            if let Ok((key, result)) = events.results.try_recv() {
+                self.checked(key, result);
+            } else if let Ok((address, resolution)) = events.ways.try_recv() {
+                self.resolved(address, resolution);
+            } else {
+                break;
+            }
+        }
+    }
+
+    fn checked(&mut self, key: BackendKey, result: CheckResult) {
+        let change = self.model.check_result(key, result, Instant::now());
+        self.note(change);
+    }
+
+    /// The way to an address became known or changed.
+    fn resolved(&mut self, address: IpAddr, resolution: Resolution) {
+        let (way, hop) = self.judge(address, &resolution);
+        self.resolutions.insert(address, resolution);
+        let before = match hop {
+            Some(hop) => self.hops.insert(address, hop),
+            None => self.hops.remove(&address),
+        };
+        if before != hop {
+            let sharing = |service: &crate::model::Service| {
+                let backends = &service.config.backends;
+                backends.iter().any(|b| b.address.ip() == address)
+            };
+            for service in self.model.services() {
+                if sharing(service) {
+                    self.dirty.insert(service.key());
+                }
+            }
+            for (service, retiring, _) in self.reconciler.retiring() {
+                if retiring.ip() == address {
+                    self.dirty.insert(service);
+                }
+            }
+        }
+        let changes = self.model.set_path(address, way, Instant::now());
+        for change in changes {
+            self.note(Some(change));
+        }
+    }
+
+    /// Whether packets can be sent to an address, for all we know.
+    fn judge(&self, address: IpAddr, resolution: &Resolution) -> (Way, Option<Hop>) {
+        match resolution {
+            Resolution::Unresolved { reason } => (Way::Blocked(reason.clone()), None),
+            Resolution::Resolved(hop) => {
+                if self.config.daemon.interfaces.contains(&hop.ifname) {
+                    (Way::Open, Some(Hop::from(hop)))
+                } else {
+                    let reason = format!(
+                        "{address} is behind {}, which is not in daemon.interfaces",
+                        hop.ifname
+                    );
+                    (Way::Blocked(reason), None)
+                }
+            }
+        }
+    }
+
+    /// Says what changed, once.
+    fn note(&mut self, change: Option<Change>) {
+        let Some(change) = change else {
+            return;
+        };
+        self.dirty.insert(change.backend.service);
+        if change.from == change.to {
+            return;
+        }
+        let Some(backend) = self.model.backend(change.backend) else {
+            return;
+        };
+        let service = self.service_name(change.backend.service);
+        let (name, address) = (&backend.config().name, change.backend.address);
+        let name = if *name == address.to_string() {
+            name.clone()
+        } else {
+            format!("{name} ({address})")
+        };
+        let (from, to, reason) = (change.from.name(), change.to.name(), backend.reason());
+        if change.to == State::Down {
+            warn!("service {service}: backend {name} is {to}, was {from}: {reason}");
+        } else {
+            info!("service {service}: backend {name} is {to}, was {from}: {reason}");
+        }
+    }
+
+    fn service_name(&self, key: ServiceKey) -> String {
+        self.model
+            .services()
+            .iter()
+            .find(|service| service.key() == key)
+            .map_or_else(|| key.to_string(), |service| service.config.name.clone())
+    }
+
+    fn touch_all(&mut self) {
+        let keys = self.model.services().iter().map(crate::model::Service::key);
+        self.dirty.extend(keys);
+    }
+
+    /// Makes the maps of every service that was touched what the model says.
+    fn reconcile(&mut self) {
+        if self.dirty.is_empty() {
+            return;
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        if let Err(error) = self.reconcile_services(|key| dirty.contains(&key), &[]) {
+            // The old tables are live. What is wished is tried again with the next change.
+            error!("{error:#}");
+        }
+    }
+
+    fn reconcile_services(
+        &mut self,
+        which: impl Fn(ServiceKey) -> bool,
+        removed: &[ServiceKey],
+    ) -> Result<()> {
+        let local = Arc::clone(&self.local.borrow());
+        let wanted: Vec<reconcile::Service> = self
+            .model
+            .services()
+            .iter()
+            .filter(|service| which(service.key()))
+            .map(|service| wanted(service, &self.config, &local))
+            .collect();
+        let hops = &self.hops;
+        let hop = |address: IpAddr| hops.get(&address).copied();
+        let ops = self
+            .reconciler
+            .plan(&wanted, removed, hop, Instant::now())?;
+        self.carry_out(&ops)
+    }
+
+    /// Carries out a plan. If the kernel refuses a part, what the maps hold is read anew, so that
+    /// the next plan starts from the truth.
+    fn carry_out(&mut self, ops: &[reconcile::Op]) -> Result<()> {
+        debug!("{} operations", ops.len());
+        let result = apply::apply(&self.dataplane.maps, ops);
+        if result.is_err() {
+            let limits = &self.config.limits;
+            let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+            let repairs = reconciler.adopt(apply::find(&self.dataplane.maps)?);
+            self.reconciler = reconciler;
+            apply::apply(&self.dataplane.maps, &repairs)?;
+        }
+        result.context("cannot change the data plane")
+    }
+
+    /// Reads the configuration file again and puts it into force, or leaves everything as it is.
+    fn reload(&mut self) -> Result<(), Failure> {
+        let result = self.replace_config();
+        self.reload_error = result.as_ref().err().map(ToString::to_string);
+        result
+    }
+
+    fn replace_config(&mut self) -> Result<(), Failure> {
+        let config = Config::load(&self.file).map_err(|e| Failure::refused(e.to_string()))?;
+        self.unchangeable(&config).map_err(Failure::refused)?;
+        start::settings(&config.daemon).map_err(|e| Failure::refused(format!("{e:#}")))?;
+        let before = std::mem::replace(&mut self.config, config);
+        match self.take_up(&before) {
+            Ok(()) => {
+                let (services, backends) = start::size(&self.config);
+                info!("configuration reloaded: {services} services, {backends} backends");
+                Ok(())
+            }
+            Err(error) => {
+                let refused = std::mem::replace(&mut self.config, before);
+                if let Err(error) = self.take_up(&refused) {
+                    error!("cannot return to the configuration before: {error:#}");
+                }
+                Err(Failure::refused(format!("{error:#}")))
+            }
+        }
+    }
+
+    /// Why a configuration cannot follow the running one.
+    fn unchangeable(&self, config: &Config) -> Result<(), String> {
+        let (old, new) = (&self.config.daemon, &config.daemon);
+        let file = self.file.display();
+        for (same, key) in [
+            (old.pin_path == new.pin_path, "daemon.pin_path"),
+            (old.socket == new.socket, "daemon.socket"),
+            (old.http == new.http, "daemon.http"),
+        ] {
+            if !same {
+                return Err(format!(
+                    "{file}: {key} cannot change while the daemon runs; stop it and start it again"
+                ));
+            }
+        }
+        if self.config.limits != config.limits {
+            return Err(format!(
+                "{file}: limits are fixed when the maps are made; to change them: sluice stop, \
+                 sluice detach, sluice run"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Puts `self.config` into force where `before` was.
+    fn take_up(&mut self, before: &Config) -> Result<()> {
+        let settings = start::settings(&self.config.daemon)?;
+        for name in self.config.daemon.interfaces.clone() {
+            self.attach(&name)?;
+        }
+        self.model.configure(&self.config.services, Instant::now());
+        let keys: HashSet<ServiceKey> = self.config.services.iter().map(ServiceKey::from).collect();
+        let removed: Vec<ServiceKey> = self
+            .reconciler
+            .service_ids()
+            .filter(|key| !keys.contains(key))
+            .collect();
+        self.judge_all();
+        self.reconcile_services(|_| true, &removed)?;
+        self.dirty.clear();
+        let maps = &self.dataplane.maps;
+        let seed = maps.settings.read(0);
+        maps.settings.store(
+            0,
+            lb_common::abi::Settings {
+                nat_port_first: settings.nat_port_first,
+                nat_port_last: settings.nat_port_last,
+                ..seed
+            },
+        );
+        for name in &before.daemon.interfaces {
+            if !self.config.daemon.interfaces.contains(name) {
+                self.detach(name)?;
+            }
+        }
+        self.watch_backends();
+        Ok(())
+    }
+
+    /// Judges every known way anew, as after a change of interfaces.
+    fn judge_all(&mut self) {
+        for (address, resolution) in self.resolutions.clone() {
+            self.resolved(address, resolution);
+        }
+    }
+
+    /// Tells checks and neighbours which backends there are.
+    fn watch_backends(&mut self) {
+        let targets = self
+            .model
+            .services()
+            .iter()
+            .flat_map(|service| {
+                let key = service.key();
+                service
+                    .backends
+                    .iter()
+                    .filter(|backend| backend.is_checked())
+                    .map(move |backend| Target {
+                        id: BackendKey {
+                            service: key,
+                            address: backend.config().address,
+                        },
+                        address: backend.config().address,
+                        health: service.config.health.clone(),
+                    })
+            })
+            .collect();
+        self.checker.set(targets);
+        let mut addresses = self.model.addresses();
+        addresses.extend(self.reconciler.retiring().map(|(_, a, _)| a.ip()));
+        self.resolutions.retain(|a, _| addresses.contains(a));
+        self.hops.retain(|a, _| addresses.contains(a));
+        self.neighbours.set_targets(addresses);
+    }
+
+    /// Attaches the program to an interface, and lets it send there.
+    fn attach(&mut self, name: &str) -> Result<()> {
+        let was = self
+            .dataplane
+            .interfaces()?
+            .into_iter()
+            .find(|attached| attached.interface == name);
+        let attached = self.dataplane.attach(name, self.config.daemon.mode)?;
+        self.announce_interface(name, attached.ifindex)?;
+        if was.as_ref().map(|was| (was.ifindex, was.mode))
+            != Some((attached.ifindex, attached.mode))
+        {
+            match &attached.fallback {
+                None => info!("interface {name}: attached in {} mode", attached.mode),
+                Some(why) => warn!(
+                    "interface {name}: attached in {} mode, which is slower: {why}",
+                    attached.mode
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what the data plane must know of an interface.
+    fn announce_interface(&self, name: &str, ifindex: u32) -> Result<()> {
+        let maps = &self.dataplane.maps;
+        let mac = start::mac_of(name)
+            .with_context(|| format!("interface {name}: cannot read its Ethernet address"))?;
+        maps.interfaces
+            .insert(&ifindex, &Interface { mac, reserved: 0 })?;
+        let redirect = crate::dataplane::Redirect {
+            ifindex,
+            program: 0,
+        };
+        maps.redirects.insert(&ifindex, &redirect)?;
+        Ok(())
+    }
+
+    fn detach(&mut self, name: &str) -> Result<()> {
+        let attached = self.dataplane.interfaces()?;
+        if let Some(attached) = attached.iter().find(|a| a.interface == name) {
+            self.dataplane.maps.interfaces.remove(&attached.ifindex)?;
+            self.dataplane.maps.redirects.remove(&attached.ifindex)?;
+        }
+        if self.dataplane.detach(name)? {
+            info!("interface {name}: detached");
+        }
+        Ok(())
+    }
+
+    /// What has to be looked at from time to time: interfaces that came back, backends that have
+    /// no flow left, and packets that could not be placed.
+    fn look_after(&mut self) {
+        let present = self.dataplane.interfaces().unwrap_or_default();
+        for name in self.config.daemon.interfaces.clone() {
+            match present.iter().find(|attached| attached.interface == name) {
+                Some(attached) => {
+                    if let Err(error) = self.announce_interface(&name, attached.ifindex) {
+                        debug!("{error:#}");
+                    }
+                }
+                None => match self.attach(&name) {
+                    Ok(()) => {}
+                    Err(error) => debug!("{error:#}"),
+                },
+            }
+        }
+        self.retire();
+        self.warn_of_drops();
+    }
+
+    /// Forgets backends that were removed from the configuration and have no flow left.
+    fn retire(&mut self) {
+        let waiting: Vec<(ServiceKey, SocketAddr, u32)> = self.reconciler.retiring().collect();
+        let mut ops = Vec::new();
+        let mut since = HashMap::new();
+        for (service, address, number) in waiting {
+            let begun = self
+                .retiring
+                .get(&(service, address))
+                .copied()
+                .unwrap_or_else(Instant::now);
+            let load = self.dataplane.maps.backend_load.read(number);
+            let drained = load.active == 0 && load.inactive == 0;
+            // At least one whole sweep, so that a flow that was just being placed is counted.
+            let settled = self.retiring.contains_key(&(service, address));
+            if settled && drained || begun.elapsed() >= DRAIN_TIMEOUT {
+                let name = self.service_name(service);
+                info!("service {name}: backend {address} is gone, its last flow has ended");
+                ops.extend(self.reconciler.forget_backend(&service, &address));
+            } else {
+                since.insert((service, address), begun);
+            }
+        }
+        self.retiring = since;
+        if ops.is_empty() {
+            return;
+        }
+        if let Err(error) = self.carry_out(&ops) {
+            error!("{error:#}");
+        }
+        self.watch_backends();
+    }
+
+    /// Warns of full tables and exhausted ports, at a bounded rate.
+    fn warn_of_drops(&mut self) {
+        for (reason, remedy) in [
+            (DropReason::TableFull, "raise limits.flows"),
+            (
+                DropReason::PortExhausted,
+                "widen daemon.nat_ports or add backends",
+            ),
+        ] {
+            let Ok(count) = self.dataplane.maps.drops.sum(reason as u32) else {
+                continue;
+            };
+            let (before, at) = self.warned.get(&reason).copied().unwrap_or((count, None));
+            if count > before && at.is_none_or(|at| at.elapsed() >= WARN_INTERVAL) {
+                let new = count - before;
+                warn!("{new} packets dropped: {}; {remedy}", reason.name());
+                self.warned.insert(reason, (count, Some(Instant::now())));
+            } else {
+                self.warned.entry(reason).or_insert((count, None));
+            }
+        }
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        let idle = self
+            .model
+            .services()
+            .iter()
+            .filter_map(|service| {
+                let number = self.reconciler.service_number(&service.key())?;
+                Some((number, flows::ticks(service.config.idle_timeout)))
+            })
+            .collect();
+        Timeouts { idle }
+    }
+
+    async fn sweep_turn(&mut self, sweeper: Sweeper) -> Result<Sweeper> {
+        match sweeper {
+            Sweeper::Resting(mut flows, _) => {
+                let timeouts = self.timeouts();
+                Ok(Sweeper::Running(tokio::task::spawn_blocking(move || {
+                    let begun = Instant::now();
+                    let result = flows.sweep(&timeouts);
+                    (flows, result, begun.elapsed())
+                })))
+            }
+            Sweeper::Running(task) => {
+                let (flows, result, took) = task.await.context("the sweep of the flow tables")?;
+                match result {
+                    Ok(sweep) => {
+                        if sweep.drift > 0 {
+                            info!("connection counts corrected by {}", sweep.drift);
+                        }
+                        debug!("{sweep:?} in {took:?}");
+                        self.look_after();
+                    }
+                    Err(error) => warn!("cannot sweep the flow tables: {error:#}"),
+                }
+                let pause = SWEEP_INTERVAL.max(took * SWEEP_SHARE);
+                Ok(Sweeper::Resting(flows, tokio::time::Instant::now() + pause))
+            }
+        }
+    }
+}
+
+impl Sweeper {
+    /// Waits until something is to be done.
+    async fn turn(&mut self) {
+        match self {
+            Self::Resting(_, until) => tokio::time::sleep_until(*until).await,
+            Self::Running(task) => {
+                while !task.is_finished() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        }
+    }
+}
+
+/// A service as the maps shall hold it.
+fn wanted(
+    service: &crate::model::Service,
+    config: &Config,
+    local: &HashSet<IpAddr>,
+) -> reconcile::Service {
+    let own: &config::Service = &service.config;
+    reconcile::Service {
+        id: service.key(),
+        name: own.name.clone(),
+        forward: own.forward,
+        scheduler: own.scheduler,
+        on_no_backend: own.on_no_backend,
+        on_backend_down: own.on_backend_down,
+        connect_timeout: own.connect_timeout.map_or(0, flows::ticks),
+        answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),
+        backends: service
+            .backends
+            .iter()
+            .map(|backend| reconcile::Backend {
+                address: backend.config().address,
+                weight: backend.effective_weight(),
+                configured_weight: backend.config().weight,
+                alive: backend.may_keep_flows(),
+            })
+            .collect(),
+    }
+}
+
+impl From<&NextHop> for Hop {
+    fn from(hop: &NextHop) -> Self {
+        Self {
+            destination: hop.destination,
+            source: hop.source,
+            ifindex: hop.ifindex,
+            address: hop.address,
+        }
+    }
+}

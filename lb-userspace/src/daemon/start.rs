@@ -1,0 +1,241 @@
+//! From a configuration file to a daemon that serves.
+
+use super::{Daemon, Events, control::Handle};
+use crate::{
+    api::server::Server,
+    config::{self, Config},
+    dataplane::{self, Dataplane},
+    health::{self, Checker},
+    model::{Model, ServiceKey, State},
+    neigh::{self, Neighbours},
+    reconcile::{Reconciler, apply},
+};
+use anyhow::{Context as _, Result, bail, ensure};
+use lb_common::abi::Settings;
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    hash::{BuildHasher as _, RandomState},
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+/// Longest time that the start waits for first checks and next hops. What is not known by then
+/// takes no traffic until it is.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+
+/// Runs the daemon in the foreground until it is told to stop.
+///
+/// # Errors
+///
+/// When it cannot start: one line that names the object and the remedy. A data plane that an
+/// earlier daemon left runs on as it is.
+pub fn run(file: &Path) -> Result<()> {
+    let config = Config::load(file)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the asynchronous runtime")?;
+    runtime.block_on(serve(file, config))
+}
+
+async fn serve(file: &Path, config: Config) -> Result<()> {
+    let started = Instant::now();
+    let server = Server::bind(&config.daemon.socket, config.daemon.http).await?;
+    for name in &config.daemon.interfaces {
+        let interface = neigh::interface(name).await?;
+        ensure!(
+            interface.mac.is_some(),
+            "interface {name} is not Ethernet; use another in daemon.interfaces"
+        );
+        if !interface.up {
+            warn!("interface {name} is down; see \"ip link show {name}\"");
+        }
+    }
+    if let Err(error) = health::raise_open_files() {
+        warn!("cannot raise the limit of open files: {error}");
+    }
+    let dataplane = Dataplane::open(&config.daemon, &config.limits, settings(&config.daemon)?)?;
+    let adopted = dataplane.adopted();
+    let pin_path = config.daemon.pin_path.clone();
+    let (jobs, job_events) = mpsc::channel(64);
+    let result = prepare(file, config, dataplane, started).await;
+    let (daemon, mut events) = match result {
+        Ok(ready) => ready,
+        Err(error) => {
+            // A data plane of our own making that never served is nothing to leave behind.
+            if !adopted {
+                drop(server);
+                let _ = dataplane::detach(&pin_path);
+            }
+            return Err(error);
+        }
+    };
+    events.jobs = job_events;
+    let (services, backends) = size(&daemon.config);
+    info!(
+        "ready: {services} services, {backends} backends, {}; control socket {}",
+        if adopted {
+            "data plane of an earlier daemon taken over"
+        } else {
+            "new data plane"
+        },
+        daemon.config.daemon.socket.display(),
+    );
+    let (end, ending) = watch::channel(false);
+    let control = Arc::new(Handle::new(jobs));
+    let api = tokio::spawn(server.serve(control, async move {
+        let mut ending = ending;
+        let _ = ending.wait_for(|end| *end).await;
+    }));
+    let result = daemon.serve(events).await;
+    end.send_replace(true);
+    api.await.context("the API server")??;
+    result
+}
+
+/// Everything from the maps to the first packet.
+async fn prepare(
+    file: &Path,
+    config: Config,
+    dataplane: Dataplane,
+    started: Instant,
+) -> Result<(Daemon, Events)> {
+    let limits = &config.limits;
+    let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+    if dataplane.adopted() {
+        let found = apply::find(&dataplane.maps).context("cannot read the adopted maps")?;
+        let repairs = reconciler.adopt(found);
+        apply::apply(&dataplane.maps, &repairs)?;
+    }
+    let mut model = Model::new();
+    model.configure(&config.services, Instant::now());
+    let (checker, results) = Checker::spawn();
+    let (neighbours, ways) = Neighbours::spawn(model.addresses())?;
+    let held = Arc::new(neigh::local_addresses().await?);
+    let mut local = neighbours.local_addresses();
+    let mut daemon = Daemon {
+        file: file.to_owned(),
+        config,
+        dataplane,
+        model,
+        reconciler,
+        checker,
+        neighbours,
+        hops: HashMap::new(),
+        resolutions: HashMap::new(),
+        local: watch::channel(held).1,
+        dirty: HashSet::new(),
+        retiring: HashMap::new(),
+        warned: HashMap::new(),
+        started,
+        reload_error: None,
+        ended: false,
+    };
+    let mut events = Events {
+        results,
+        ways,
+        local: local.clone(),
+        jobs: mpsc::channel(1).1,
+    };
+    daemon.watch_backends();
+    first_look(&mut daemon, &mut events).await;
+    // From here on the task's own word counts.
+    if local.borrow_and_update().is_empty() {
+        let _ = tokio::time::timeout(FIRST_LOOK, local.changed()).await;
+    }
+    if !local.borrow().is_empty() {
+        daemon.local = local;
+    }
+
+    let keys: HashSet<ServiceKey> = daemon
+        .config
+        .services
+        .iter()
+        .map(ServiceKey::from)
+        .collect();
+    let removed: Vec<ServiceKey> = daemon
+        .reconciler
+        .service_ids()
+        .filter(|key| !keys.contains(key))
+        .collect();
+    daemon.reconcile_services(|_| true, &removed)?;
+    daemon.dirty.clear();
+    // Last: the first packet finds everything in place.
+    for name in daemon.config.daemon.interfaces.clone() {
+        daemon.attach(&name)?;
+    }
+    Ok((daemon, events))
+}
+
+/// Waits until every backend is known to be up or down, but not for ever.
+async fn first_look(daemon: &mut Daemon, events: &mut Events) {
+    let deadline = tokio::time::Instant::now() + FIRST_LOOK;
+    let waiting = |daemon: &Daemon| {
+        let mut backends = daemon.model.backends();
+        backends.any(|(_, backend)| backend.state() == State::Starting)
+    };
+    while waiting(daemon) {
+        tokio::select! {
+            Some((key, result)) = events.results.recv() => daemon.checked(key, result),
+            Some((address, resolution)) = events.ways.recv() => daemon.resolved(address, resolution),
+            () = tokio::time::sleep_until(deadline) => break,
+        }
+        daemon.take_waiting(events);
+    }
+}
+
+/// What is common to all packets, as configured.
+pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
+    let ephemeral = neigh::ephemeral_port_range()
+        .context("cannot read net.ipv4.ip_local_port_range; set daemon.nat_ports")?;
+    let (first, last) = match daemon.nat_ports {
+        Some((first, last)) => {
+            if first <= ephemeral.1 && last >= ephemeral.0 {
+                bail!(
+                    "daemon.nat_ports {first}-{last} overlaps the host's own ports {}-{}; choose \
+                     others, or change net.ipv4.ip_local_port_range",
+                    ephemeral.0,
+                    ephemeral.1
+                );
+            }
+            (first, last)
+        }
+        None => neigh::nat_port_range(ephemeral).with_context(|| {
+            format!(
+                "the host's own ports {}-{} leave none for nat; narrow \
+                 net.ipv4.ip_local_port_range",
+                ephemeral.0, ephemeral.1
+            )
+        })?,
+    };
+    Ok(Settings {
+        nat_port_first: first,
+        nat_port_last: last,
+        nat_port_seed: RandomState::new().hash_one(std::process::id()) as u32,
+        ..bytemuck::Zeroable::zeroed()
+    })
+}
+
+/// The Ethernet address of an interface.
+pub(super) fn mac_of(name: &str) -> Result<[u8; 6]> {
+    let path = format!("/sys/class/net/{name}/address");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let mut mac = [0; 6];
+    let mut parts = text.trim().split(':');
+    for byte in &mut mac {
+        let part = parts.next().with_context(|| format!("{path}: {text}"))?;
+        *byte = u8::from_str_radix(part, 16).with_context(|| format!("{path}: {text}"))?;
+    }
+    Ok(mac)
+}
+
+/// Services and backends of a configuration.
+pub(super) fn size(config: &Config) -> (usize, usize) {
+    let backends = config.services.iter().map(|s| s.backends.len()).sum();
+    (config.services.len(), backends)
+}

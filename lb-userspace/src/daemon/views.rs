@@ -1,0 +1,263 @@
+//! What the API shows: the model and the counters of one moment.
+
+use super::Daemon;
+use crate::{
+    api::{ConnectionFilter, types},
+    config::Check,
+    flows::{self, Connection, Flows},
+    model::State,
+};
+use anyhow::Result;
+use lb_common::{
+    names,
+    stats::{Counters, DropReason},
+};
+use std::{collections::HashMap, net::SocketAddr};
+
+impl Daemon {
+    pub(super) fn service_views(&self) -> Result<Vec<types::Service>> {
+        let maps = &self.dataplane.maps;
+        let mut views = Vec::new();
+        for service in self.model.services() {
+            let (key, config) = (service.key(), &service.config);
+            let counters = match self.reconciler.service_number(&key) {
+                Some(number) => maps.service_stats.sum(number)?,
+                None => Counters::default(),
+            };
+            let mut traffic = traffic(&counters);
+            for backend in &service.backends {
+                let address = backend.config().address;
+                if let Some(number) = self.reconciler.backend_number(&key, &address) {
+                    let load = maps.backend_load.read(number);
+                    traffic.active_connections += load.active;
+                    traffic.inactive_connections += load.inactive;
+                }
+            }
+            views.push(types::Service {
+                name: config.name.clone(),
+                listen: config.listen.to_string(),
+                protocol: config.protocol.name().to_owned(),
+                forward: names::name_of(names::FORWARD, config.forward).to_owned(),
+                scheduler: names::name_of(names::SCHEDULER, config.scheduler).to_owned(),
+                backends_up: u32::try_from(service.backends_up()).unwrap_or(u32::MAX),
+                backends_total: u32::try_from(service.backends.len()).unwrap_or(u32::MAX),
+                idle_timeout_seconds: config.idle_timeout.as_secs_f64(),
+                connect_timeout_seconds: config.connect_timeout.map(|t| t.as_secs_f64()),
+                health: match config.health.check {
+                    Check::None => "none",
+                    Check::Tcp { .. } => "tcp",
+                    Check::Http { .. } => "http",
+                }
+                .to_owned(),
+                traffic,
+            });
+        }
+        Ok(views)
+    }
+
+    pub(super) fn backend_views(&self, only: Option<&str>) -> Result<Vec<types::Backend>> {
+        let maps = &self.dataplane.maps;
+        let mut views = Vec::new();
+        for service in self.model.services() {
+            if only.is_some_and(|name| name != service.config.name) {
+                continue;
+            }
+            let key = service.key();
+            for backend in &service.backends {
+                let address = backend.config().address;
+                let traffic = match self.reconciler.backend_number(&key, &address) {
+                    Some(number) => {
+                        let load = maps.backend_load.read(number);
+                        types::Traffic {
+                            active_connections: load.active,
+                            inactive_connections: load.inactive,
+                            ..traffic(&maps.backend_stats.sum(number)?)
+                        }
+                    }
+                    None => types::Traffic::default(),
+                };
+                views.push(types::Backend {
+                    service: service.config.name.clone(),
+                    name: backend.config().name.clone(),
+                    address: address.to_string(),
+                    weight: backend.config().weight,
+                    effective_weight: backend.effective_weight(),
+                    admin: backend.admin().name().to_owned(),
+                    state: backend.state().name().to_owned(),
+                    reason: backend.reason(),
+                    state_seconds: backend.since().elapsed().as_secs_f64(),
+                    check_ms: backend
+                        .last_check()
+                        .map(|check| check.duration.as_secs_f64() * 1e3),
+                    traffic,
+                });
+            }
+        }
+        Ok(views)
+    }
+
+    pub(super) fn drop_views(&self) -> Result<Vec<types::Drops>> {
+        let drops = &self.dataplane.maps.drops;
+        DropReason::ALL
+            .iter()
+            .map(|reason| {
+                Ok(types::Drops {
+                    reason: reason.name().to_owned(),
+                    packets: drops.sum(*reason as u32)?,
+                })
+            })
+            .collect()
+    }
+
+    /// The status, but for the maps: counting their entries takes time.
+    pub(super) fn status_view(&self) -> Result<types::Status> {
+        let backends = || self.model.backends().map(|(_, backend)| backend);
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        Ok(types::Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime: self.started.elapsed().as_secs_f64(),
+            config: self.file.display().to_string(),
+            pin_path: self.config.daemon.pin_path.display().to_string(),
+            reload_error: self.reload_error.clone(),
+            adopted: self.dataplane.adopted(),
+            interfaces: self
+                .dataplane
+                .interfaces()?
+                .into_iter()
+                .map(|attached| types::InterfaceStatus {
+                    name: attached.interface,
+                    mode: attached.mode.name().to_owned(),
+                })
+                .collect(),
+            programs: self
+                .dataplane
+                .programs()?
+                .into_iter()
+                .map(|program| types::ProgramStatus {
+                    name: program.name,
+                    id: program.id,
+                    verified_instructions: program.verified_instructions,
+                })
+                .collect(),
+            maps: Vec::new(),
+            services: count(self.model.services().len()),
+            backends_up: count(backends().filter(|b| b.state() == State::Up).count()),
+            backends_total: count(backends().count()),
+        })
+    }
+
+    /// What is needed to list flows beside the daemon's task.
+    pub(super) fn flow_names(&self) -> Result<FlowNames> {
+        let mut names = FlowNames {
+            flows: Flows::new(&self.dataplane.maps)?,
+            services: HashMap::new(),
+            backends: HashMap::new(),
+        };
+        for service in self.model.services() {
+            let key = service.key();
+            if let Some(number) = self.reconciler.service_number(&key) {
+                let idle = flows::ticks(service.config.idle_timeout);
+                names
+                    .services
+                    .insert(number, (service.config.name.clone(), idle));
+            }
+            for backend in &service.backends {
+                let address = backend.config().address;
+                if let Some(number) = self.reconciler.backend_number(&key, &address) {
+                    names.backends.insert(number, backend.config().name.clone());
+                }
+            }
+        }
+        Ok(names)
+    }
+}
+
+fn traffic(counters: &Counters) -> types::Traffic {
+    types::Traffic {
+        active_connections: 0,
+        inactive_connections: 0,
+        connections_total: counters.connections,
+        packets_in: counters.packets_in,
+        bytes_in: counters.bytes_in,
+        packets_out: counters.packets_out,
+        bytes_out: counters.bytes_out,
+        drops: counters.drops,
+    }
+}
+
+/// The flow tables, and the names of the numbers in them.
+pub(super) struct FlowNames {
+    flows: Flows,
+    /// Name and ticks of idle timeout by service number.
+    services: HashMap<u32, (String, u32)>,
+    backends: HashMap<u32, String>,
+}
+
+impl FlowNames {
+    /// The flows that pass `filter`, at most as many as it asks for.
+    pub(super) fn connections(&self, filter: &ConnectionFilter) -> Result<Vec<types::Connection>> {
+        let limit = filter.limit.unwrap_or(usize::MAX);
+        let mut found = Vec::new();
+        if limit == 0 {
+            return Ok(found);
+        }
+        self.flows.each(|flow| {
+            if self.passes(filter, flow) {
+                found.push(self.view(flow));
+            }
+            found.len() < limit
+        })?;
+        Ok(found)
+    }
+
+    /// How many flows pass `filter`.
+    pub(super) fn count(&self, filter: &ConnectionFilter) -> Result<u64> {
+        let mut count = 0;
+        self.flows.each(|flow| {
+            count += u64::from(self.passes(filter, flow));
+            true
+        })?;
+        Ok(count)
+    }
+
+    fn passes(&self, filter: &ConnectionFilter, flow: &Connection) -> bool {
+        let service = filter.service.as_ref().is_none_or(|wanted| {
+            let service = self.services.get(&flow.service_number);
+            service.is_some_and(|(name, _)| name == wanted)
+        });
+        let backend = filter.backend.as_ref().is_none_or(|wanted| {
+            wanted.parse() == Ok(flow.backend)
+                || self.backends.get(&flow.backend_number) == Some(wanted)
+        });
+        let client = filter
+            .client
+            .is_none_or(|client| client.matches(flow.client.ip(), flow.client.port()));
+        let state = filter.state.is_none_or(|state| state == flow.state);
+        service && backend && client && state
+    }
+
+    fn view(&self, flow: &Connection) -> types::Connection {
+        let (service, idle) = self
+            .services
+            .get(&flow.service_number)
+            .cloned()
+            .unwrap_or_default();
+        let text = |address: SocketAddr| address.to_string();
+        types::Connection {
+            protocol: if flow.protocol == 17 { "udp" } else { "tcp" }.to_owned(),
+            expires_seconds: flows::seconds(flow.expires(idle)),
+            state: names::name_of(names::STATE, flow.state).to_owned(),
+            source: text(flow.client),
+            virtual_address: text(flow.vip),
+            destination: text(flow.backend),
+            nat_source: text(flow.nat_source),
+            service,
+            backend: self
+                .backends
+                .get(&flow.backend_number)
+                .cloned()
+                .unwrap_or_else(|| text(flow.backend)),
+        }
+    }
+}
