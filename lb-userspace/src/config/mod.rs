@@ -203,10 +203,7 @@ impl Config {
     /// Checks `text`; `path` is what errors call it.
     pub fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let source = Source { path, text };
-        let table = DeTable::parse(text).map_err(|error| {
-            let offset = error.span().map_or(0, |span| span.start);
-            source.error(offset, format!("not valid TOML: {}", error.message()))
-        })?;
+        let table = DeTable::parse(text).map_err(|error| source.malformed(&error))?;
         let root = Section::root(source, table.get_ref());
         root.only(&["daemon", "limits", "defaults", "service"])?;
         let daemon = daemon::daemon(&root)?;

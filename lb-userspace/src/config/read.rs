@@ -32,6 +32,34 @@ impl Source<'_> {
     }
 }
 
+impl Source<'_> {
+    /// The error for a text that is not TOML at all.
+    pub(super) fn malformed(self, error: &toml::de::Error) -> Error {
+        let span = error.span().unwrap_or(0..0);
+        let offset = span.start;
+        let place = match self.text.get(span).map(str::trim) {
+            Some(text) if !text.is_empty() => format!(" at {}", quote(text)),
+            _ => String::new(),
+        };
+        let message = error.message();
+        // What the parser takes for a number or a date is nearly always an address or a duration.
+        let remedy = if [
+            "invalid float",
+            "invalid integer",
+            "invalid date",
+            "string values",
+        ]
+        .iter()
+        .any(|start| message.starts_with(start))
+        {
+            "put the value in quotation marks"
+        } else {
+            message
+        };
+        self.error(offset, format!("not valid TOML{place}: {remedy}"))
+    }
+}
+
 /// A value together with its place in the file.
 #[derive(Clone, Debug)]
 pub(super) struct At<T> {

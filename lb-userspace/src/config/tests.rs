@@ -439,11 +439,14 @@ fn mistakes_outside_services_name_line_object_and_remedy() {
             daemon("[defaults.health]\ntype = \"grpc\""),
             "4: defaults: health: type \"grpc\" is not supported yet",
         ),
-        (daemon("x = 10.0.0.1"), "3: not valid TOML: "),
-        (daemon("x = ["), "3: not valid TOML: "),
+        (
+            daemon("x = 10m"),
+            "3: not valid TOML at \"10m\": put the value in quotation marks",
+        ),
+        (daemon("x = ["), "3: not valid TOML"),
         (
             daemon("mode = \"auto\"\nmode = \"auto\""),
-            "4: not valid TOML: duplicate key",
+            "4: not valid TOML at \"mode\": duplicate key",
         ),
     ] {
         let error = parse(&text).expect_err(&text);
@@ -463,7 +466,7 @@ fn limits_must_have_room_for_what_is_configured() {
     assert_eq!(
         small("slots = 300").unwrap_err(),
         "lb.toml:13: limits: slots = 300 is too small for the selection tables of all services \
-         and the replacement of one; write slots = 502 or more"
+         and their replacements; write slots = 502 or more"
     );
     assert!(small("slots = 502").is_ok());
 }

@@ -133,19 +133,17 @@ fn room(
         return Err(too_small("backends", limits.backends, count, &what));
     }
     let mut total = 0;
-    let mut largest = 0;
     for placed in services {
         let service = &placed.service;
         let weights: Vec<u32> = service.backends.iter().map(|b| b.weight).collect();
         let slots = scheduler::slots(service.scheduler, &weights)
             .map_err(|error| refuse(root, service, placed.name, &error.to_string()))?;
         total += u64::from(slots);
-        largest = largest.max(u64::from(slots));
     }
-    // A new table is written while the old one is still in use.
-    let needed = total + largest;
+    // New tables are written while the old ones are still in use, and a reload may replace all.
+    let needed = 2 * total;
     if needed > u64::from(limits.slots) {
-        let what = "the selection tables of all services and the replacement of one";
+        let what = "the selection tables of all services and their replacements";
         return Err(too_small("slots", limits.slots, needed, what));
     }
     Ok(())
