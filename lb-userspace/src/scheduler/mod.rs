@@ -7,10 +7,7 @@ mod maglev;
 mod round_robin;
 mod smooth;
 
-use lb_common::{
-    names::{SCHEDULER, name_of},
-    service::scheduler,
-};
+use lb_common::{names::SCHEDULER, service::scheduler};
 use std::net::SocketAddr;
 
 /// Most slots of one `round-robin` table.
@@ -91,12 +88,6 @@ pub fn slots(scheduler: u8, configured_weights: &[u32]) -> Result<u32, Error> {
         scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::slots(configured_weights),
         unknown => Err(Error::Unknown(unknown)),
     }
-}
-
-/// The scheduler's name.
-#[must_use]
-pub fn name(scheduler: u8) -> &'static str {
-    name_of(SCHEDULER, scheduler)
 }
 
 #[cfg(test)]
