@@ -12,6 +12,8 @@
 #![feature(asm_experimental_arch)]
 // The attribute `xdp` makes undocumented functions of documented ones.
 #![allow(missing_docs)]
+// A key that is passed by value is copied to the stack once more.
+#![allow(clippy::needless_borrows_for_generic_args)]
 
 mod atomic;
 mod bounds;
@@ -31,7 +33,7 @@ mod select;
 mod stats;
 mod verdict;
 
-use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+use aya_ebpf::{macros::xdp, programs::XdpContext};
 use family::{Family, V4, V6};
 use frame::Frame;
 use parse::ethernet;
@@ -45,13 +47,6 @@ pub fn sluice_xdp(ctx: XdpContext) -> u32 {
         Ok(verdict) | Err(verdict) => verdict,
     };
     verdict::conclude(&frame, verdict)
-}
-
-/// Passes every packet. A veth transmits what XDP sends back only if its peer runs a program too;
-/// this one is for such peers.
-#[xdp]
-pub fn stub_pass(_ctx: XdpContext) -> u32 {
-    xdp_action::XDP_PASS
 }
 
 /// The way of a packet.

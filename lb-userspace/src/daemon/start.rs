@@ -6,12 +6,16 @@ use crate::{
     config::{self, Config},
     dataplane::{self, Dataplane},
     health::{self, Checker},
-    model::{Model, ServiceKey, State},
+    model::{BackendKey, Inherited, Model, ServiceKey, State},
     neigh::{self, Neighbours},
-    reconcile::{Reconciler, apply},
+    reconcile::{Hop, Reconciler, apply},
 };
 use anyhow::{Context as _, Result, bail, ensure};
-use lb_common::abi::Settings;
+use lb_common::{
+    abi::Settings,
+    addr::to_ip,
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
+};
 use std::{
     collections::{HashMap, HashSet},
     fs,
@@ -142,6 +146,7 @@ async fn prepare(
         local: local.clone(),
         jobs: mpsc::channel(1).1,
     };
+    inherit(&mut daemon);
     daemon.watch_backends();
     first_look(&mut daemon, &mut events).await;
     // From here on the task's own word counts.
@@ -170,6 +175,31 @@ async fn prepare(
         daemon.attach(&name)?;
     }
     Ok((daemon, events))
+}
+
+/// Believes the maps of an earlier daemon until checks and neighbours say otherwise, so that a
+/// restart takes no backend out.
+fn inherit(daemon: &mut Daemon) {
+    let now = Instant::now();
+    for (service, address, record) in daemon.reconciler.records() {
+        let resolved = record.flags & BACKEND_RESOLVED != 0;
+        if resolved {
+            let l2: [u8; 12] = bytemuck::cast(record.l2);
+            let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = l2;
+            let hop = Hop {
+                destination: [d0, d1, d2, d3, d4, d5],
+                source: [s0, s1, s2, s3, s4, s5],
+                ifindex: record.ifindex,
+                address: to_ip(record.family, &record.source),
+            };
+            daemon.hops.insert(address.ip(), hop);
+        }
+        let alive = record.flags & BACKEND_ALIVE != 0;
+        let key = BackendKey { service, address };
+        daemon
+            .model
+            .inherit(key, Inherited { alive, resolved }, now);
+    }
 }
 
 /// Waits until every backend is known to be up or down, but not for ever.

@@ -5,7 +5,7 @@ use crate::{
     api::{ConnectionFilter, types},
     config::Check,
     flows::{self, Connection, Flows},
-    model::State,
+    model::{Admin, ServiceKey, State},
 };
 use anyhow::Result;
 use lb_common::{
@@ -92,8 +92,41 @@ impl Daemon {
                     traffic,
                 });
             }
+            for (_, address, number) in self.reconciler.retiring().filter(|(of, ..)| *of == key) {
+                views.push(self.retiring_view(&service.config.name, key, address, number)?);
+            }
         }
         Ok(views)
+    }
+
+    /// A backend that was removed from the configuration and still has flows.
+    fn retiring_view(
+        &self,
+        service: &str,
+        key: ServiceKey,
+        address: SocketAddr,
+        number: u32,
+    ) -> Result<types::Backend> {
+        let maps = &self.dataplane.maps;
+        let load = maps.backend_load.read(number);
+        let since = self.retiring.get(&(key, address));
+        Ok(types::Backend {
+            service: service.to_owned(),
+            name: address.to_string(),
+            address: address.to_string(),
+            weight: 0,
+            effective_weight: 0,
+            admin: Admin::Drain.name().to_owned(),
+            state: State::Stopping.name().to_owned(),
+            reason: "removed from the configuration; its last flows may end".to_owned(),
+            state_seconds: since.map_or(0.0, |since| since.elapsed().as_secs_f64()),
+            check_ms: None,
+            traffic: types::Traffic {
+                active_connections: load.active,
+                inactive_connections: load.inactive,
+                ..traffic(&maps.backend_stats.sum(number)?)
+            },
+        })
     }
 
     pub(super) fn drop_views(&self) -> Result<Vec<types::Drops>> {

@@ -322,6 +322,17 @@ impl Reconciler {
         Some(self.services.get(id)?.backends.get(address)?.number)
     }
 
+    /// Every backend in the maps.
+    pub fn records(&self) -> impl Iterator<Item = (ServiceKey, SocketAddr, &BackendRecord)> + '_ {
+        self.services.iter().flat_map(|(id, held)| {
+            let of = |(address, backend)| (*id, *address, backend);
+            held.backends
+                .iter()
+                .map(|(address, held)| (address, &held.record))
+                .map(of)
+        })
+    }
+
     /// Backends that wait for their flows to end.
     pub fn retiring(&self) -> impl Iterator<Item = (ServiceKey, SocketAddr, u32)> + '_ {
         self.services.iter().flat_map(|(id, held)| {
