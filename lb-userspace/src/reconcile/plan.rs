@@ -325,11 +325,9 @@ impl Reconciler {
     /// Every backend in the maps.
     pub fn records(&self) -> impl Iterator<Item = (ServiceKey, SocketAddr, &BackendRecord)> + '_ {
         self.services.iter().flat_map(|(id, held)| {
-            let of = |(address, backend)| (*id, *address, backend);
             held.backends
                 .iter()
-                .map(|(address, held)| (address, &held.record))
-                .map(of)
+                .map(|(address, backend)| (*id, *address, &backend.record))
         })
     }
 
