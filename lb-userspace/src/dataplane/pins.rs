@@ -49,7 +49,16 @@ fn linked_interface(pin: &str) -> Option<String> {
 pub(super) struct PinDir {
     path: PathBuf,
     /// The kernel drops the lock with the last descriptor, also when the process is killed.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for PinDir {
+    /// Unlocks at once. A child that was just forked and has not yet become another program would
+    /// hold the lock through its copy of the descriptor.
+    fn drop(&mut self) {
+        // SAFETY: a plain system call on a descriptor that we hold.
+        unsafe { libc::flock(self.lock.as_raw_fd(), libc::LOCK_UN) };
+    }
 }
 
 /// What is pinned in a directory.
@@ -78,7 +87,7 @@ impl PinDir {
             if let Some(lock) = lock(path)? {
                 return Ok(Self {
                     path: path.to_owned(),
-                    _lock: lock,
+                    lock,
                 });
             }
         }
@@ -281,7 +290,7 @@ pub fn detach(path: &Path) -> Result<Vec<String>> {
     };
     let dir = PinDir {
         path: path.to_owned(),
-        _lock: lock,
+        lock,
     };
     let contents = dir.contents()?;
     let mut removed = Vec::new();
