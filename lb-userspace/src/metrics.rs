@@ -294,10 +294,15 @@ impl Snapshot {
                 "sluice_map_pressure",
                 "Part of a map's room that is in use, 0 to 1",
             ),
-            status.maps.iter().map(|map| {
-                let room = float(map.max_entries.max(1));
-                (vec![("map", map.name.as_str())], float(map.entries) / room)
-            }),
+            // A map of one element is always full.
+            status
+                .maps
+                .iter()
+                .filter(|map| map.max_entries > 1)
+                .map(|map| {
+                    let pressure = float(map.entries) / float(map.max_entries);
+                    (vec![("map", map.name.as_str())], pressure)
+                }),
         )?;
         gauge(
             encoder,

@@ -9,8 +9,9 @@ use crate::{api::client::NoDaemon, config::Daemon, dataplane};
 use anyhow::Result;
 use serde_json::{Map, Value};
 use std::{
+    fs,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 /// The BPF maps in the kernel, read without the daemon's help.
@@ -60,10 +61,27 @@ impl Pins {
             return Ok(path);
         }
         match context.client.status().await {
-            Ok(status) => Ok(status.pin_path.into()),
+            Ok(status) => {
+                let path = PathBuf::from(status.pin_path);
+                let pid = context.client.daemon_pid().await?;
+                Ok(pid.map_or(path.clone(), |pid| as_seen_by(pid, &path)))
+            }
             Err(error) if error.is::<NoDaemon>() => Ok(Daemon::PIN_PATH.into()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// `path` as process `pid` sees it. A daemon that "ip netns exec" started has a BPF file system of
+/// its own, since that command gives it a new /sys.
+fn as_seen_by(pid: i32, path: &Path) -> PathBuf {
+    let mounts = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    match (mounts("self"), mounts(&pid.to_string())) {
+        (Ok(own), Ok(its)) if own != its => {
+            let root = PathBuf::from(format!("/proc/{pid}/root"));
+            root.join(path.strip_prefix("/").unwrap_or(path))
+        }
+        _ => path.to_owned(),
     }
 }
 

@@ -5,9 +5,12 @@
 
 use crate::{api::client::Client, config::Daemon};
 use anyhow::{Context as _, Result};
-use clap::{Parser, Subcommand};
+use clap::{
+    CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind,
+    parser::ValueSource,
+};
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fmt::Write as _,
     future::Future,
     io::{self, IsTerminal as _, Write as _},
@@ -35,6 +38,7 @@ mod stop;
 #[command(after_help = "\
 Examples:
   sluice config check /etc/sluice/sluice.toml
+  sudo sluice run --config /etc/sluice/sluice.toml
   sluice backend list web
   sluice stats --rate
   sluice conn list --client 192.0.2.0/24 -o json
@@ -92,7 +96,7 @@ struct Context {
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let result = run(cli).and_then(|text| print(&text));
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +106,19 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let matches = Cli::command().try_get_matches_from(arguments)?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    // The variable is for the clients and does no harm; the option would be ignored.
+    if matches!(cli.command, Command::Run(_))
+        && matches.value_source("socket") == Some(ValueSource::CommandLine)
+    {
+        let message = "the daemon's control socket is set by daemon.socket in its configuration, not by --socket";
+        return Err(Cli::command().error(ErrorKind::ArgumentConflict, message));
+    }
+    Ok(cli)
 }
 
 fn run(cli: Cli) -> Result<String> {
@@ -166,11 +183,30 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_daemon_refuses_a_socket_that_it_would_ignore() {
+        for line in [
+            "sluice run --config sluice.toml --socket /run/other.sock",
+            "sluice --socket /run/other.sock run --config sluice.toml",
+        ] {
+            let error = parse(line.split(' ').map(OsString::from)).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains("daemon.socket"), "{error}");
+        }
+        assert!(
+            parse(
+                "sluice run --config sluice.toml"
+                    .split(' ')
+                    .map(OsString::from)
+            )
+            .is_ok()
+        );
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub(super) fn maps(maps: &[types::MapStatus], wide: bool) -> Table<'static> {
     for map in maps {
         let percent = map.entries.saturating_mul(100) / map.max_entries.max(1);
         let exact = |n: u64| if wide { n.to_string() } else { count(n) };
-        let full = (percent >= NEARLY_FULL).then_some(Colour::Red);
+        let full = (percent >= NEARLY_FULL && map.max_entries > 1).then_some(Colour::Red);
         table.row(vec![
             map.name.as_str().into(),
             exact(map.entries).into(),
