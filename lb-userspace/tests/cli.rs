@@ -262,6 +262,21 @@ fn wrong_usage_is_2() {
         &["stats", "--rate", "--drops"],
         &["conn", "list", "--limit", "many"],
         &["completions", "tcsh"],
+        &["run"],
+        &[
+            "run",
+            "--config",
+            "sluice.toml",
+            "--socket",
+            "/run/other.sock",
+        ],
+        &[
+            "detach",
+            "--config",
+            "sluice.toml",
+            "--pin-path",
+            "/sys/fs/bpf/sluice",
+        ],
     ] {
         let mut command = sluice(arguments);
         let output = command.output().unwrap();
@@ -325,9 +340,17 @@ fn a_configuration_is_judged_without_a_daemon() {
         "{error}"
     );
 
+    assert_eq!(
+        fails(sluice(&["run", "--config", shown])),
+        error,
+        "the daemon says the same"
+    );
+
     fs::remove_file(&file).unwrap();
     let error = fails(sluice(&["config", "check", shown]));
     assert!(error.starts_with(&format!("sluice: {shown}: ")), "{error}");
+    assert_eq!(fails(sluice(&["run", "--config", shown])), error);
+    assert_eq!(fails(sluice(&["detach", "--config", shown])), error);
 }
 
 #[test]
