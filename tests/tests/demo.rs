@@ -43,6 +43,21 @@ fn shows_the_main_job_in_seconds() {
     }
     assert!(text.contains("marked down after"), "{text}");
     assert!(text.contains("in use again"), "{text}");
+    for span in [
+        "since it was marked down:",
+        "with no daemon:",
+        "meanwhile and after:",
+    ] {
+        let line = text.lines().find(|line| line.contains(span));
+        assert!(
+            line.is_some_and(|line| line.ends_with(" 0 failed")),
+            "{span} in:\n{text}"
+        );
+    }
+    assert!(
+        text.contains("took over the program and its maps"),
+        "{text}"
+    );
     assert!(text.contains("is still answered by it"), "{text}");
     assert!(
         !text.contains('\x1b'),

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    ops::RangeBounds,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
@@ -133,32 +134,51 @@ pub fn quantile(outcomes: &[Outcome], share: f64) -> Option<Duration> {
     times.get(rank.saturating_sub(1)).copied()
 }
 
-/// What happened around the death of a backend.
-pub struct Failover {
-    /// Requests sent from the death to the last failure.
-    pub sent_during: usize,
+/// Requests of one span of time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// Sent in it.
+    pub sent: usize,
     /// Of those, failed.
     pub failed: usize,
-    /// From the death to the moment the last failed request was sent; `None`: none failed.
-    pub last_failure: Option<Duration>,
-    /// Requests sent after the last failure, all answered.
-    pub answered_after: usize,
-    /// Requests that failed though they were sent before the death, on connections it cut.
+}
+
+/// The requests that were sent in a span of time.
+pub fn span(outcomes: &[Outcome], time: impl RangeBounds<Instant>) -> Span {
+    let mut span = Span::default();
+    for outcome in outcomes.iter().filter(|o| time.contains(&o.sent)) {
+        span.sent += 1;
+        span.failed += usize::from(outcome.backend.is_none());
+    }
+    span
+}
+
+/// What happened when a backend died.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Failover {
+    /// Requests sent before the death that failed: it cut them off.
     pub cut: usize,
+    /// Requests sent from the death until it was noticed.
+    pub unnoticed: Span,
+    /// Requests sent after it was noticed.
+    pub noticed: Span,
+    /// From the death to the first answer.
+    pub first_answer: Option<Duration>,
+    /// From the death to the moment the last failed request was sent.
+    pub last_failure: Option<Duration>,
 }
 
 /// Reads the figures of a failover off requests that were sent throughout it.
-pub fn failover(outcomes: &[Outcome], death: Instant) -> Failover {
-    let (before, after): (Vec<_>, Vec<_>) = outcomes.iter().partition(|o| o.sent < death);
-    let failures = after.iter().filter(|o| o.backend.is_none()).count();
-    let last = after.iter().rposition(|o| o.backend.is_none());
-    let sent_during = last.map_or(0, |last| last + 1);
+pub fn failover(outcomes: &[Outcome], death: Instant, noticed: Instant) -> Failover {
+    let after = || outcomes.iter().filter(|o| o.sent >= death);
+    let answers = after().filter(|o| o.backend.is_some());
+    let failures = after().filter(|o| o.backend.is_none());
     Failover {
-        sent_during,
-        failed: failures,
-        last_failure: last.map(|last| after[last].sent - death),
-        answered_after: after.len() - sent_during,
-        cut: before.iter().filter(|o| o.backend.is_none()).count(),
+        cut: span(outcomes, ..death).failed,
+        unnoticed: span(outcomes, death..noticed),
+        noticed: span(outcomes, noticed..),
+        first_answer: answers.map(|o| o.done - death).min(),
+        last_failure: failures.map(|o| o.sent - death).max(),
     }
 }
 
@@ -176,32 +196,37 @@ mod tests {
     }
 
     #[test]
-    fn failover_counts_what_was_sent_after_the_death() {
+    fn failover_tells_before_during_and_after_apart() {
         let epoch = Instant::now();
+        let ms = Duration::from_millis;
         let outcomes = [
             outcome(epoch, 0, Some("a")),
             outcome(epoch, 9, None),
-            outcome(epoch, 11, Some("a")),
-            outcome(epoch, 12, None),
+            outcome(epoch, 11, None),
+            outcome(epoch, 12, Some("a")),
             outcome(epoch, 30, None),
-            outcome(epoch, 31, Some("a")),
-            outcome(epoch, 32, Some("b")),
+            outcome(epoch, 40, Some("a")),
+            outcome(epoch, 41, Some("b")),
         ];
-        let failover = failover(&outcomes, epoch + Duration::from_millis(10));
-        assert_eq!(failover.cut, 1);
-        assert_eq!(failover.sent_during, 3);
-        assert_eq!(failover.failed, 2);
-        assert_eq!(failover.last_failure, Some(Duration::from_millis(20)));
-        assert_eq!(failover.answered_after, 2);
+        assert_eq!(
+            failover(&outcomes, epoch + ms(10), epoch + ms(35)),
+            Failover {
+                cut: 1,
+                unnoticed: Span { sent: 3, failed: 2 },
+                noticed: Span { sent: 2, failed: 0 },
+                first_answer: Some(ms(3)),
+                last_failure: Some(ms(20)),
+            }
+        );
     }
 
     #[test]
-    fn a_failover_without_failures_has_no_last_one() {
+    fn a_failover_nobody_saw_has_no_figures() {
         let epoch = Instant::now();
-        let failover = failover(&[outcome(epoch, 5, Some("a"))], epoch);
-        assert_eq!(failover.failed, 0);
+        let failover = failover(&[], epoch, epoch);
+        assert_eq!(failover.unnoticed, Span::default());
+        assert_eq!(failover.first_answer, None);
         assert_eq!(failover.last_failure, None);
-        assert_eq!(failover.answered_after, 1);
     }
 
     #[test]

@@ -30,10 +30,10 @@ use tokio::{
 pub use node::{SUBCOMMAND, serve};
 
 use crate::api::{client::Client, types::Backend};
-use client::{Connection, Load};
+use client::{Connection, Load, Outcome};
 use fabric::{BACKENDS, BALANCER, CLIENT, Fabric, INTERFACE, VIP};
 use files::Files;
-use node::Node;
+use node::{Mounts, Node};
 use report::{Report, milliseconds};
 
 const SERVICE: &str = "web";
@@ -104,6 +104,8 @@ async fn until_interrupted(keep: bool) -> Result<()> {
 /// Everything that is up. Dropped in this order: processes first, their files last.
 struct Demo {
     balancer: Node,
+    /// Holds the pins while no daemon does.
+    mounts: Mounts,
     backends: [Node; 3],
     fabric: Fabric,
     api: Client,
@@ -119,7 +121,8 @@ async fn show() -> Result<Demo> {
         demo.table().await?;
         demo.failover().await?;
         demo.recovery().await?;
-        demo.drain().await
+        demo.drain().await?;
+        demo.restart().await
     };
     let outcome = outcome.await;
     demo.explained(outcome)?;
@@ -134,10 +137,12 @@ impl Demo {
         let fabric = Fabric::new().await?;
         let backends = start_backends(&fabric, &files)?;
         files.write_config(&[1, 1, 1])?;
-        let balancer = Node::daemon(&fabric.balancer, &files.config(), &files.log())?;
+        let balancer = Node::daemon(&fabric.balancer, None, &files.config(), &files.log())?;
+        let mounts = balancer.mounts()?;
         let api = Client::new(files.socket());
         let mut demo = Self {
             balancer,
+            mounts,
             backends,
             fabric,
             api,
@@ -185,7 +190,8 @@ impl Demo {
     /// Steady traffic, and who gets it.
     async fn distribution(&mut self) -> Result<()> {
         self.report.step(&format!(
-            "{REQUESTS} requests for http://{VIP}/, a connection each"
+            "{REQUESTS} requests for http://{}/, a connection each",
+            VIP.ip()
         ));
         let outcomes = self.requests(REQUESTS).await?;
         self.report.answers(&names(), &outcomes);
@@ -223,52 +229,49 @@ impl Demo {
         self.report.step(&format!(
             "{name} is killed while {CLIENTS} clients send requests"
         ));
-        let load = Arc::new(Load::default());
-        let running = {
-            let load = Arc::clone(&load);
-            self.fabric.client.spawn("client", async move || {
-                Ok(load.run(VIP.into(), CLIENTS, PAUSE).await)
-            })?
-        };
-        wait_until("requests are answered", || load.done() > REQUESTS).await?;
+        let (load, running) = self.load()?;
+        more_requests(&load).await?;
         let death = Instant::now();
         self.backends[1].signal(libc::SIGKILL)?;
         self.wait("the death is noticed", |backends| {
             backends.iter().any(|b| b.name == name && b.state == "down")
         })
         .await?;
-        let noticed = death.elapsed();
-        let target = load.done() + REQUESTS;
-        wait_until("requests go on", || load.done() > target).await?;
+        let noticed = Instant::now();
+        more_requests(&load).await?;
         load.stop();
         let outcomes = running.await?;
 
-        let seen = client::failover(&outcomes, death);
+        let seen = client::failover(&outcomes, death, noticed);
         let reason = self.reason(name).await?;
         self.report.line(format_args!(
             "marked down after {} ({reason})",
-            self.report.paint("1", milliseconds(noticed))
+            self.report.paint("1", milliseconds(noticed - death))
         ));
+        let unnoticed = format!(
+            "until then {} of {} requests failed",
+            seen.unnoticed.failed, seen.unnoticed.sent
+        );
         match seen.last_failure {
             Some(last) => self.report.line(format_args!(
-                "{} of {} requests failed until then, the last one {} after the kill",
-                seen.failed,
-                seen.sent_during,
+                "{unnoticed}, the last one sent {} after the kill",
                 milliseconds(last)
             )),
-            None => self.report.line("no request failed"),
+            None => self.report.line(unnoticed),
         }
         if seen.cut > 0 {
             self.report.line(format_args!(
-                "{} that had been sent already were cut off with it",
+                "{} more had been sent before it and were cut off",
                 seen.cut
             ));
         }
-        self.report.line(format_args!(
-            "after that {} requests, {}",
-            seen.answered_after,
-            self.report.paint("32", "0 failed")
-        ));
+        if let Some(first) = seen.first_answer {
+            self.report.line(format_args!(
+                "the first answer came {} after the kill, from another backend",
+                milliseconds(first)
+            ));
+        }
+        self.report.span("since it was marked down", seen.noticed);
         Ok(())
     }
 
@@ -335,6 +338,49 @@ impl Demo {
         Ok(())
     }
 
+    /// Kills the daemon under load, and starts another.
+    async fn restart(&mut self) -> Result<()> {
+        self.report.step(&format!(
+            "The daemon is killed while {CLIENTS} clients send requests"
+        ));
+        let (load, running) = self.load()?;
+        more_requests(&load).await?;
+        let death = Instant::now();
+        self.balancer.signal(libc::SIGKILL)?;
+        more_requests(&load).await?;
+        let start = Instant::now();
+        self.balancer = Node::daemon(
+            &self.fabric.balancer,
+            Some(&self.mounts),
+            &self.files.config(),
+            &self.files.log(),
+        )?;
+        self.wait("a new daemon answers", |backends| {
+            backends.iter().all(is_up)
+        })
+        .await?;
+        let took = start.elapsed();
+        let adopted = self.api.status().await?.adopted;
+        more_requests(&load).await?;
+        load.stop();
+        let outcomes = running.await?;
+
+        self.report
+            .span("with no daemon", client::span(&outcomes, death..start));
+        let how = if adopted {
+            "took over the program and its maps"
+        } else {
+            "started afresh"
+        };
+        self.report.line(format_args!(
+            "a new one {how} in {}",
+            self.report.paint("1", milliseconds(took))
+        ));
+        self.report
+            .span("meanwhile and after", client::span(&outcomes, start..));
+        Ok(())
+    }
+
     /// What to try while it is up.
     fn invite(&self) -> Result<()> {
         let client_thread = self.fabric.client.hold()?;
@@ -345,7 +391,10 @@ impl Demo {
         println!("\n{}", self.report.paint("1", "It stays up. Try:"));
         for (command, what) in [
             (
-                format!("sudo nsenter -t {client_thread} -n curl http://{VIP}/"),
+                format!(
+                    "sudo nsenter -t {client_thread} -n curl http://{}/",
+                    VIP.ip()
+                ),
                 "a request from the client",
             ),
             (
@@ -376,7 +425,22 @@ impl Demo {
         Ok(())
     }
 
-    async fn requests(&self, count: usize) -> Result<Vec<client::Outcome>> {
+    /// Starts requests that keep coming.
+    fn load(
+        &self,
+    ) -> Result<(
+        Arc<Load>,
+        impl Future<Output = Result<Vec<Outcome>>> + use<>,
+    )> {
+        let load = Arc::new(Load::default());
+        let requests = Arc::clone(&load);
+        let running = self.fabric.client.spawn("client", async move || {
+            Ok(requests.run(VIP.into(), CLIENTS, PAUSE).await)
+        })?;
+        Ok((load, running))
+    }
+
+    async fn requests(&self, count: usize) -> Result<Vec<Outcome>> {
         self.fabric
             .client
             .run("client", async move || {
@@ -417,11 +481,13 @@ impl Demo {
     }
 }
 
-async fn wait_until(what: &str, reached: impl Fn() -> bool) -> Result<()> {
+/// Waits until many more requests have been answered or have failed.
+async fn more_requests(load: &Load) -> Result<()> {
+    let target = load.done() + REQUESTS;
     let deadline = Instant::now() + DEADLINE;
-    while !reached() {
+    while load.done() < target {
         if Instant::now() > deadline {
-            bail!("waited in vain until {what}");
+            bail!("client: {REQUESTS} requests took longer than {DEADLINE:?}");
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -7,7 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::Path,
@@ -41,6 +41,10 @@ pub async fn serve(name: String, listen: SocketAddr) -> Result<()> {
         .with_context(|| format!("cannot serve on {listen}"))
 }
 
+/// A mount namespace without a name: its BPF file system, and the pins on it, exist as long as
+/// this value or a process in it.
+pub struct Mounts(File);
+
 /// A child process; dropping it kills it.
 pub struct Node {
     name: String,
@@ -60,12 +64,34 @@ impl Node {
         Self::start(command, namespace, name, log, || Ok(()))
     }
 
-    /// Starts the daemon, with a BPF file system that only it and its children see: the pins
-    /// vanish with it.
-    pub fn daemon(namespace: &Namespace, config: &Path, log: &Path) -> Result<Self> {
+    /// Starts the daemon, with a BPF file system of its own for its pins: a new one, or that of a
+    /// former daemon.
+    pub fn daemon(
+        namespace: &Namespace,
+        mounts: Option<&Mounts>,
+        config: &Path,
+        log: &Path,
+    ) -> Result<Self> {
         let mut command = this_binary();
         command.args(["run", "--config"]).arg(config);
-        Self::start(command, namespace, "sluice run", log, private_bpf_fs)
+        let mounts = mounts.map(|mounts| mounts.0.try_clone()).transpose()?;
+        Self::start(
+            command,
+            namespace,
+            "sluice run",
+            log,
+            move || match &mounts {
+                None => private_bpf_fs(),
+                Some(mounts) => enter_mounts(mounts),
+            },
+        )
+    }
+
+    /// What it has mounted.
+    pub fn mounts(&self) -> Result<Mounts> {
+        let path = format!("/proc/{}/ns/mnt", self.pid());
+        let file = File::open(&path).with_context(|| format!("{}: its mounts", self.name))?;
+        Ok(Mounts(file))
     }
 
     fn start(
@@ -73,7 +99,7 @@ impl Node {
         namespace: &Namespace,
         name: &str,
         log: &Path,
-        prepare: fn() -> io::Result<()>,
+        prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static,
     ) -> Result<Self> {
         let log = File::options().create(true).append(true).open(log)?;
         let namespace = namespace.as_fd().try_clone_to_owned()?;
@@ -134,6 +160,12 @@ impl Drop for Node {
 
 fn this_binary() -> Command {
     Command::new("/proc/self/exe")
+}
+
+/// Between fork and exec: into the mount namespace of another.
+fn enter_mounts(mounts: &File) -> io::Result<()> {
+    // SAFETY: no pointers; the descriptor is open as long as the borrow lasts.
+    check(unsafe { libc::setns(mounts.as_raw_fd(), libc::CLONE_NEWNS) })
 }
 
 /// Between fork and exec: a mount namespace of its own, with a new BPF file system in the usual

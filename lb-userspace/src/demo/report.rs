@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::client::{Outcome, by_backend, quantile};
+use super::client::{Outcome, Span, by_backend, quantile};
 
 /// Widest bar, in characters.
 const BAR: usize = 30;
@@ -56,19 +56,14 @@ impl Report {
         let most = counts.values().copied().max().unwrap_or(0).max(1);
         for name in names {
             let count = counts.get(name).copied().unwrap_or(0);
-            let bar = "█".repeat((count * BAR).div_ceil(most));
-            self.line(format_args!(
-                "{name:<8}{count:>5}  {}",
-                self.paint("32", bar)
-            ));
+            let bar = match (count * BAR).div_ceil(most) {
+                0 => String::new(),
+                length => format!("  {}", self.paint("32", "█".repeat(length))),
+            };
+            self.line(format_args!("{name:<8}{count:>5}{bar}"));
         }
         let failed = outcomes.iter().filter(|o| o.backend.is_none()).count();
-        let failed = format!("{failed} failed");
-        let failed = if failed.starts_with("0 ") {
-            self.paint("32", failed)
-        } else {
-            self.paint("31", failed)
-        };
+        let failed = self.failed(failed);
         match (quantile(outcomes, 0.5), quantile(outcomes, 0.99)) {
             (Some(median), Some(p99)) => self.line(format_args!(
                 "{failed}; half of them took less than {}, 99 in 100 less than {}",
@@ -77,6 +72,17 @@ impl Report {
             )),
             _ => self.line(failed),
         }
+    }
+
+    /// Requests and failures of one span of time.
+    pub fn span(&self, when: &str, span: Span) {
+        let failed = self.failed(span.failed);
+        self.line(format_args!("{when}: {} requests, {failed}", span.sent));
+    }
+
+    fn failed(&self, count: usize) -> String {
+        let colour = if count == 0 { "32" } else { "31" };
+        self.paint(colour, format_args!("{count} failed"))
     }
 
     /// `text` between escape sequences, if colours are wanted.
