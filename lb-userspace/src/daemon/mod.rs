@@ -296,7 +296,11 @@ impl Daemon {
         match self.take_up(&before) {
             Ok(()) => {
                 let (services, backends) = start::size(&self.config);
-                info!("configuration reloaded: {services} services, {backends} backends");
+                info!(
+                    "configuration reloaded: {}, {}",
+                    start::counted(services, "service"),
+                    start::counted(backends, "backend")
+                );
                 Ok(())
             }
             Err(error) => {

@@ -18,8 +18,10 @@ use lb_common::{
 };
 use std::{
     collections::{HashMap, HashSet},
-    fs,
     hash::{BuildHasher as _, RandomState},
+    io,
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::AsRawFd as _,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -82,7 +84,9 @@ async fn serve(file: &Path, config: Config) -> Result<()> {
     events.jobs = job_events;
     let (services, backends) = size(&daemon.config);
     info!(
-        "ready: {services} services, {backends} backends, {}; control socket {}",
+        "ready: {}, {}, {}; control socket {}",
+        counted(services, "service"),
+        counted(backends, "backend"),
         if adopted {
             "data plane of an earlier daemon taken over"
         } else {
@@ -251,17 +255,32 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
     })
 }
 
-/// The Ethernet address of an interface.
-pub(super) fn mac_of(name: &str) -> Result<[u8; 6]> {
-    let path = format!("/sys/class/net/{name}/address");
-    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let mut mac = [0; 6];
-    let mut parts = text.trim().split(':');
-    for byte in &mut mac {
-        let part = parts.next().with_context(|| format!("{path}: {text}"))?;
-        *byte = u8::from_str_radix(part, 16).with_context(|| format!("{path}: {text}"))?;
+/// The Ethernet address of an interface in the network namespace of this process, which is not
+/// always the one that /sys shows.
+pub(super) fn mac_of(name: &str) -> io::Result<[u8; 6]> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: plain data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte stays zero, and ends the name.
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .zip(name.bytes().take(libc::IFNAMSIZ - 1))
+    {
+        *to = from.cast_signed();
     }
-    Ok(mac)
+    // SAFETY: the request is of the type that the call reads and writes.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call that just succeeded wrote this member.
+    let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+    Ok(std::array::from_fn(|i| data[i].cast_unsigned()))
+}
+
+/// `1 service`, `2 services`.
+pub(super) fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Services and backends of a configuration.
