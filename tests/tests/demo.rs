@@ -85,7 +85,7 @@ fn leaves_nothing_behind_when_interrupted() {
 fn stays_up_with_keep_until_interrupted() {
     let mut demo = Demo::start("keep", &["--keep"]);
     demo.wait_for("Try:");
-    let command = demo.wait_for("curl http://");
+    let command = demo.wait_for("curl -s http://");
     let request: Vec<_> = command.split_whitespace().skip(1).collect();
     let answer = Command::new(request[0])
         .args(&request[1..])

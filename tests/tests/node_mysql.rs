@@ -131,9 +131,9 @@ fn slow_handshakes_fail(net: &Topology) {
         took >= Duration::from_millis(950) && took < Duration::from_millis(3500),
         "refused after {took:?}"
     );
-    let services = net.json(&["service", "list"]);
-    let silent = find(&services, "name", "silent");
-    assert!(silent["drops"].as_u64() > Some(0), "{silent}");
+    let drops = net.json(&["stats", "--drops"]);
+    let refused = find(&drops, "reason", "connect_timeout");
+    assert!(refused["packets"].as_u64() > Some(0), "{drops}");
 }
 
 /// A connection that is silent for `idle_timeout` is forgotten, and its next use fails at once.

@@ -50,7 +50,8 @@ impl Connection {
             let answer = self.0.send_request(request).await?;
             ensure!(answer.status().is_success(), "status {}", answer.status());
             let body = answer.into_body().collect().await?.to_bytes();
-            String::from_utf8(body.to_vec()).context("the answer is not text")
+            let text = std::str::from_utf8(&body).context("the answer is not text")?;
+            Ok(text.trim_end().to_owned())
         });
         answer.await?
     }

@@ -392,7 +392,7 @@ impl Demo {
         for (command, what) in [
             (
                 format!(
-                    "sudo nsenter -t {client_thread} -n curl http://{}/",
+                    "sudo nsenter -t {client_thread} -n curl -s http://{}/",
                     VIP.ip()
                 ),
                 "a request from the client",

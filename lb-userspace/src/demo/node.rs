@@ -33,7 +33,7 @@ pub async fn serve(name: String, listen: SocketAddr) -> Result<()> {
     let router = Router::new()
         .route(
             "/",
-            get(async move || ([(header::SERVER, "sluice-demo")], name.clone())),
+            get(async move || ([(header::SERVER, "sluice-demo")], format!("{name}\n"))),
         )
         .route("/health", get(async || "ok"));
     axum::serve(listener, router)
