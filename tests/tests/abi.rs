@@ -1,0 +1,245 @@
+//! The layout of what crosses the kernel's boundary: the types of `lb-common` as the user side
+//! compiles them, against those the BPF object says its maps have.
+
+use lb_common::{
+    abi::Settings,
+    backend::{Backend, Load, Slot},
+    flow::{Flow, FlowKey},
+    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    stats::Counters,
+};
+use sluice_tests::btf::{Btf, Struct, Type};
+use std::mem::{offset_of, size_of};
+
+/// A structure as Rust lays it out here: name, size, and name, offset and size of each field.
+struct Layout {
+    name: &'static str,
+    size: usize,
+    fields: Vec<(&'static str, usize, usize)>,
+}
+
+macro_rules! layout {
+    ($name:literal, $type:ty { $($field:ident: $kind:ty),* $(,)? }) => {
+        Layout {
+            name: $name,
+            size: size_of::<$type>(),
+            fields: {
+                // A field that is missing here or has another type does not compile.
+                let _ = |value: $type| {
+                    #[allow(dead_code)]
+                    fn is<T>(_: T) {}
+                    $(is::<$kind>(value.$field);)*
+                };
+                vec![$((stringify!($field), offset_of!($type, $field), size_of::<$kind>())),*]
+            },
+        }
+    };
+}
+
+type Addr6 = [u32; 4];
+
+/// Every structure a map holds, with the compiler's mangling of generic arguments in the name.
+fn layouts() -> Vec<Layout> {
+    vec![
+        layout!(
+            "Settings",
+            Settings {
+                magic: u64,
+                abi_version: u32,
+                nat_port_first: u16,
+                nat_port_last: u16,
+                nat_port_seed: u32,
+                reserved: [u32; 11],
+            }
+        ),
+        layout!("Vip", Vip { flags: u32 }),
+        layout!("ServiceKey_3C_u32_3E_", ServiceKey<u32> { vip: u32, port: u16, protocol: u16 }),
+        layout!("ServiceKey_3C__5B_u32_3B__20_4_5D__3E_", ServiceKey<Addr6> {
+            vip: Addr6, port: u16, protocol: u16,
+        }),
+        layout!(
+            "Service",
+            Service {
+                table: u64,
+                connect_timeout: u32,
+                forward: u8,
+                scheduler: u8,
+                on_no_backend: u8,
+                on_backend_down: u8,
+                reserved: [u32; 12],
+            }
+        ),
+        layout!(
+            "Backend",
+            Backend {
+                addr: [u32; 4],
+                source: [u32; 4],
+                l2: [u32; 3],
+                ifindex: u32,
+                service: u32,
+                generation: u32,
+                port: u16,
+                family: u8,
+                flags: u8,
+                reserved: u32,
+            }
+        ),
+        layout!(
+            "Slot",
+            Slot {
+                backend: u32,
+                previous: u32
+            }
+        ),
+        layout!(
+            "Cursor",
+            Cursor {
+                next: u64,
+                reserved: [u64; 7]
+            }
+        ),
+        layout!("FlowKey_3C_u32_3E_", FlowKey<u32> {
+            src: u32, dst: u32, sport: u16, dport: u16, protocol: u32,
+        }),
+        layout!("FlowKey_3C__5B_u32_3B__20_4_5D__3E_", FlowKey<Addr6> {
+            src: Addr6, dst: Addr6, sport: u16, dport: u16, protocol: u32,
+        }),
+        layout!("Flow_3C_u32_3E_", Flow<u32> {
+            src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
+            l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
+            state: u8, direction: u8, reserved: u16,
+        }),
+        layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
+            src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
+            l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
+            state: u8, direction: u8, reserved: u16,
+        }),
+        layout!(
+            "Load",
+            Load {
+                active: u64,
+                inactive: u64,
+                reserved: [u64; 6]
+            }
+        ),
+        layout!(
+            "Counters",
+            Counters {
+                connections: u64,
+                packets_in: u64,
+                bytes_in: u64,
+                packets_out: u64,
+                bytes_out: u64,
+                drops: u64,
+            }
+        ),
+        layout!(
+            "Interface",
+            Interface {
+                mac: [u8; 6],
+                reserved: u16
+            }
+        ),
+    ]
+}
+
+/// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
+/// others by size.
+const MAPS: [(&str, &str, &str); 17] = [
+    ("settings", "4", "Settings"),
+    ("address_filter", "4", "8"),
+    ("vips4", "4", "Vip"),
+    ("vips6", "16", "Vip"),
+    ("services4", "ServiceKey_3C_u32_3E_", "4"),
+    ("services6", "ServiceKey_3C__5B_u32_3B__20_4_5D__3E_", "4"),
+    ("services", "4", "Service"),
+    ("backends", "4", "Backend"),
+    ("slots", "4", "Slot"),
+    ("cursors", "4", "Cursor"),
+    ("flows4", "FlowKey_3C_u32_3E_", "Flow_3C_u32_3E_"),
+    (
+        "flows6",
+        "FlowKey_3C__5B_u32_3B__20_4_5D__3E_",
+        "Flow_3C__5B_u32_3B__20_4_5D__3E_",
+    ),
+    ("backend_load", "4", "Load"),
+    ("service_stats", "4", "Counters"),
+    ("backend_stats", "4", "Counters"),
+    ("drops", "4", "8"),
+    ("interfaces", "4", "Interface"),
+];
+
+/// Maps whose values nobody but the kernel or the program itself reads.
+const PRIVATE: [&str; 4] = ["redirects", "scratch", "work4", "work6"];
+
+fn object() -> Btf {
+    Btf::of_object(sluice::dataplane::OBJECT)
+}
+
+#[test]
+fn every_map_has_the_documented_key_and_value() {
+    let btf = object();
+    let told = |map: &str, part: &str| match btf.of_map(map, part) {
+        Type::Struct(s) => s.name.clone(),
+        other => btf.size(other).to_string(),
+    };
+    for (map, key, value) in MAPS {
+        assert_eq!(told(map, "key"), key, "the key of map {map}");
+        assert_eq!(told(map, "value"), value, "the value of map {map}");
+    }
+    let mut known: Vec<&str> = MAPS.iter().map(|(name, ..)| *name).chain(PRIVATE).collect();
+    let mut there = btf.maps();
+    known.sort_unstable();
+    there.sort_unstable();
+    assert_eq!(there, known, "the maps of the object");
+}
+
+#[test]
+fn shared_structures_have_the_same_layout_on_both_sides() {
+    let btf = object();
+    let layouts = layouts();
+    let mut compared = Vec::new();
+    for (map, ..) in MAPS {
+        for part in ["key", "value"] {
+            let Type::Struct(theirs) = btf.of_map(map, part) else {
+                continue;
+            };
+            let ours = layouts
+                .iter()
+                .find(|l| l.name == theirs.name)
+                .unwrap_or_else(|| panic!("{} of map {map} is not listed here", theirs.name));
+            compare(&btf, ours, theirs);
+            compared.push(ours.name);
+        }
+    }
+    for layout in &layouts {
+        assert!(
+            compared.contains(&layout.name),
+            "no map of the object holds {}",
+            layout.name
+        );
+    }
+}
+
+fn compare(btf: &Btf, ours: &Layout, theirs: &Struct) {
+    assert_eq!(ours.size, theirs.size as usize, "the size of {}", ours.name);
+    let fields: Vec<(&str, usize, usize)> = theirs
+        .members
+        .iter()
+        .map(|m| {
+            let size = btf.size(btf.get(m.kind)) as usize;
+            (m.name.as_str(), m.offset as usize, size)
+        })
+        .collect();
+    assert_eq!(
+        ours.fields, fields,
+        "name, offset and size of the fields of {}",
+        ours.name
+    );
+    let sum: usize = fields.iter().map(|(_, _, size)| size).sum();
+    assert_eq!(
+        sum, ours.size,
+        "{} has padding that nobody zeroes",
+        ours.name
+    );
+}
