@@ -374,7 +374,7 @@ impl Topology {
     pub fn daemon_section(&self) -> String {
         format!(
             "[daemon]\ninterfaces = [\"eth0\"]\nmode = \"driver\"\npin_path = \"{}\"\nsocket = \"{}\"\n\
-             [limits]\nflows = 65536\n",
+             [limits]\nflows = 65536\nservices = 64\nbackends = 256\nslots = 1048576\n",
             self.pin_path().display(),
             self.socket().display()
         )

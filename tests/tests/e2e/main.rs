@@ -1,0 +1,9 @@
+//! The whole balancer, end to end: the real daemon in a network of namespaces, real servers behind
+//! it and real clients before it.
+
+mod commands;
+mod daemon;
+mod failover;
+mod support;
+mod timeouts;
+mod traffic;
