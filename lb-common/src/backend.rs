@@ -31,7 +31,7 @@ pub struct Backend {
     /// Raised each time the element is given to another backend, so that a flow of the former one
     /// is told apart. A flow belongs here only if its generation is the same.
     pub generation: u32,
-    /// Port, network order.
+    /// Port, network order; 0: packets keep the port they were sent to.
     pub port: u16,
     /// [`crate::addr::FAMILY_V4`] or [`crate::addr::FAMILY_V6`].
     pub family: u8,

@@ -17,6 +17,8 @@ pub const ELEMENTS: u32 = LANES / 8;
 pub const LANE_VIP: u8 = 1 << 0;
 /// Lane bit: the address may be one that `nat` sends from.
 pub const LANE_NAT_SOURCE: u8 = 1 << 1;
+/// Lane bit: a service may take every port of the address ([`crate::service::ANY_PORT`]).
+pub const LANE_ANY_PORT: u8 = 1 << 2;
 
 /// The lane of `address`, below [`LANES`].
 #[inline(always)]

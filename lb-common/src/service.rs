@@ -3,13 +3,19 @@
 use crate::addr::Address;
 use bytemuck::{Pod, Zeroable};
 
+/// [`ServiceKey::port`] of a service that takes every port no other key names. No packet that is
+/// balanced carries it.
+pub const ANY_PORT: u16 = 0;
+
 /// Key of maps `services4` and `services6`; the value is the service's number, a `u32`.
+///
+/// A service on a range of ports has a key for each of them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
 pub struct ServiceKey<A> {
     /// The VIP, network order.
     pub vip: A,
-    /// Destination port, network order.
+    /// Destination port, network order, or [`ANY_PORT`].
     pub port: u16,
     /// IP protocol number (6 TCP, 17 UDP).
     pub protocol: u16,

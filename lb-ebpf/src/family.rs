@@ -20,7 +20,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 /// The map of flows of one family.
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
 /// The map of services of one family.
-pub type Services<A> = HashMap<ServiceKey<A>, u32, 4096>;
+pub type Services<A> = HashMap<ServiceKey<A>, u32, 65536>;
 /// The map of VIPs of one family.
 pub type Vips<A> = HashMap<A, Vip, 4096>;
 

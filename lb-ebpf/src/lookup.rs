@@ -2,8 +2,8 @@
 
 use crate::{family::Family, maps};
 use lb_common::{
-    filter,
-    service::{Service, ServiceKey, Vip},
+    filter::{self, LANE_ANY_PORT},
+    service::{ANY_PORT, Service, ServiceKey, Vip},
 };
 
 /// The filter's lane for a destination: zero proves that the packet is not ours.
@@ -27,15 +27,27 @@ pub fn vip<F: Family>(address: &F::Addr) -> Option<Vip> {
 #[repr(align(8))]
 struct Aligned<T>(T);
 
-/// The service a packet is for: its number and record.
+/// The service a packet is for: its number and record. A service that names the port goes before
+/// one that takes every port; the lane says whether there may be one.
 #[inline(always)]
 pub fn service<F: Family>(
     vip: F::Addr,
     port: u16,
     protocol: u8,
+    lane: u8,
 ) -> Option<(u32, &'static Service)> {
-    let key = Aligned(ServiceKey::new(vip, port, protocol));
+    // Port 0 is reserved (RFC 6335 section 6); such a packet must not meet the key of all ports.
+    if port == ANY_PORT {
+        return None;
+    }
+    let mut key = Aligned(ServiceKey::new(vip, port, protocol));
     // SAFETY: a copy of one word, as in `vip`.
-    let number = *unsafe { F::services().get(&key.0) }?;
+    let mut number = unsafe { F::services().get(&key.0) }.copied();
+    if number.is_none() && lane & LANE_ANY_PORT != 0 {
+        key.0.port = ANY_PORT;
+        // SAFETY: as above.
+        number = unsafe { F::services().get(&key.0) }.copied();
+    }
+    let number = number?;
     Some((number, maps::SERVICES.get(number)?))
 }

@@ -14,7 +14,7 @@ use aya::{
 };
 use lb_common::{
     abi, addr, backend,
-    filter::{LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
+    filter::{LANE_ANY_PORT, LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
     flow, service,
     stats::{Counters, DropReason},
 };
@@ -75,8 +75,10 @@ pub struct Backend {
 pub struct Service {
     /// VIP.
     pub vip: IpAddr,
-    /// Port.
+    /// First port, or 0 for every port.
     pub port: u16,
+    /// Last port.
+    pub last_port: u16,
     /// [`TCP`] or [`UDP`].
     pub protocol: u8,
     /// One of [`service::scheduler`].
@@ -91,12 +93,13 @@ pub struct Service {
     pub backends: Vec<Backend>,
 }
 
-/// A round-robin service at `host:port` without backends.
+/// A round-robin service at `host:port` without backends; at every port of `host` if `port` is 0.
 #[must_use]
 pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
     Service {
         vip: host.ip(family),
         port,
+        last_port: port,
         protocol,
         scheduler: service::scheduler::ROUND_ROBIN,
         on_no_backend: service::on_no_backend::RESET,
@@ -107,6 +110,13 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
 }
 
 impl Service {
+    /// Listens on every port up to `last`.
+    #[must_use]
+    pub fn until(mut self, last: u16) -> Self {
+        self.last_port = last;
+        self
+    }
+
     /// Sets the scheduler.
     #[must_use]
     pub fn scheduler(mut self, scheduler: u8) -> Self {
@@ -135,7 +145,8 @@ impl Service {
         self
     }
 
-    /// Adds a healthy backend on the segment of [`INGRESS`].
+    /// Adds a healthy backend on the segment of [`INGRESS`]; with port 0 it gets packets at the
+    /// port they were sent to.
     #[must_use]
     pub fn backend(self, host: Host, port: u16, weight: u32) -> Self {
         let family = if self.vip.is_ipv4() {
@@ -496,22 +507,27 @@ impl Balancer {
         let vip = service::Vip {
             flags: service::VIP_ANSWER_ARP,
         };
-        let (port, protocol) = (service.port.to_be(), service.protocol);
         match service.vip {
-            IpAddr::V4(ip) => {
-                let ip = addr::from_ipv4(ip);
-                self.hash_insert("vips4", ip, vip);
-                let key = service::ServiceKey::new(ip, port, protocol);
-                self.hash_insert("services4", key, number);
-            }
-            IpAddr::V6(ip) => {
-                let ip = addr::from_ipv6(ip);
-                self.hash_insert("vips6", ip, vip);
-                let key = service::ServiceKey::new(ip, port, protocol);
-                self.hash_insert("services6", key, number);
+            IpAddr::V4(ip) => self.hash_insert("vips4", addr::from_ipv4(ip), vip),
+            IpAddr::V6(ip) => self.hash_insert("vips6", addr::from_ipv6(ip), vip),
+        }
+        for port in service.port..=service.last_port {
+            let (port, protocol) = (port.to_be(), service.protocol);
+            match service.vip {
+                IpAddr::V4(ip) => {
+                    let key = service::ServiceKey::new(addr::from_ipv4(ip), port, protocol);
+                    self.hash_insert("services4", key, number);
+                }
+                IpAddr::V6(ip) => {
+                    let key = service::ServiceKey::new(addr::from_ipv6(ip), port, protocol);
+                    self.hash_insert("services6", key, number);
+                }
             }
         }
         self.mark(service.vip, LANE_VIP);
+        if service.port == 0 {
+            self.mark(service.vip, LANE_ANY_PORT);
+        }
         number
     }
 
@@ -955,8 +971,8 @@ fn load() -> Ebpf {
     for (name, entries) in [
         ("vips4", 64),
         ("vips6", 64),
-        ("services4", 64),
-        ("services6", 64),
+        ("services4", 512),
+        ("services6", 512),
         ("services", SERVICES),
         ("cursors", SERVICES),
         ("service_stats", SERVICES),

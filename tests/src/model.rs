@@ -331,9 +331,7 @@ impl Model {
     }
 
     fn begin(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
-        let Some(n) = self.services.iter().position(|s| {
-            (s.vip, s.port, s.protocol) == (packet.dst, packet.dport, packet.protocol())
-        }) else {
+        let Some(n) = self.listener(packet) else {
             return Ok(pass(packet));
         };
         let number = n as u32 + 1;
@@ -358,7 +356,11 @@ impl Model {
             return Ok(dropped(DropReason::TtlExceeded, number));
         }
         let source = BALANCER.ip(packet.family);
-        let backend_address = (backend.ip, backend.port);
+        let port = match backend.port {
+            0 => packet.dport,
+            port => port,
+        };
+        let backend_address = (backend.ip, port);
         let used: Vec<u16> = self
             .flows
             .iter()
@@ -412,6 +414,18 @@ impl Model {
         prediction.counts = prediction.counts.connection(number, number_of_backend);
         self.flows.push(flow);
         Ok(prediction)
+    }
+
+    /// The service a packet is for: one that names its port, else one that takes every port.
+    fn listener(&self, packet: &Packet) -> Option<usize> {
+        let at = |named: bool| {
+            self.services.iter().position(|s| {
+                (s.vip, s.protocol) == (packet.dst, packet.protocol())
+                    && (s.port != 0) == named
+                    && (!named || (s.port..=s.last_port).contains(&packet.dport))
+            })
+        };
+        at(true).or_else(|| at(false).filter(|_| packet.dport != 0))
     }
 
     fn pick(&mut self, number: u32, packet: &Packet) -> Option<usize> {

@@ -79,8 +79,9 @@ const AGE: u32 = 40_000;
 
 const CLIENTS: [Host; 3] = [CLIENT, CLIENT_2, STRANGER];
 
-/// Family, protocol, VIP, port; the last two are no service.
-const TARGETS: [(Family, u8, Host, u16); 10] = [
+/// Family, protocol, VIP, port. The first eight are services of one port, the next two none; the
+/// others lie in and beside a range, or on a VIP that takes every port.
+const TARGETS: [(Family, u8, Host, u16); 17] = [
     (Family::V4, TCP, VIP, 80),
     (Family::V6, TCP, VIP, 80),
     (Family::V4, UDP, VIP, 80),
@@ -91,6 +92,13 @@ const TARGETS: [(Family, u8, Host, u16); 10] = [
     (Family::V6, UDP, VIP_2, 81),
     (Family::V4, TCP, VIP, 81),
     (Family::V6, UDP, STRANGER, 80),
+    (Family::V4, TCP, VIP, 8000),
+    (Family::V4, TCP, VIP, 8003),
+    (Family::V4, TCP, VIP, 8004),
+    (Family::V4, TCP, VIP_2, 8080),
+    (Family::V4, TCP, VIP_2, 0),
+    (Family::V6, UDP, VIP_2, 8080),
+    (Family::V6, UDP, VIP_2, 65535),
 ];
 
 fn balancer() -> Balancer {
@@ -127,6 +135,18 @@ fn balancer() -> Balancer {
             }
             s
         })
+        .chain([
+            // The packet's own port: the first backend's 8080 is the one the services above use.
+            service(Family::V4, TCP, VIP, 8000)
+                .until(8003)
+                .backend(BACKEND_2, 0, 1)
+                .backend(BACKEND_3, 9000, 1),
+            service(Family::V4, TCP, VIP_2, 0).backend(BACKEND_1, 0, 1),
+            service(Family::V6, UDP, VIP_2, 0)
+                .scheduler(scheduler::MAGLEV)
+                .backend(BACKEND_1, 0, 1)
+                .backend(BACKEND_2, 0, 1),
+        ])
         .collect();
     // Few ports, so that they run out now and then; fewer than are tried, so that a refusal means
     // that all are taken.
@@ -161,9 +181,14 @@ fn flow() -> impl Strategy<Value = u16> {
     prop_oneof![2 => 0u16..3, 1 => any::<u16>()]
 }
 
+/// Mostly few services, so that source ports run out now and then.
+fn target() -> impl Strategy<Value = u8> {
+    prop_oneof![2 => 0u8..8, 1 => 8u8..17]
+}
+
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        10 => (0u8..3, 0u16..4, 0u8..10, dress()).prop_map(|(client, port, target, dress)| {
+        10 => (0u8..3, 0u16..4, target(), dress()).prop_map(|(client, port, target, dress)| {
             Event::Client { client, port: 40000 + port, target, dress }
         }),
         10 => (flow(), dress()).prop_map(|(flow, dress)| Event::More { flow, dress }),
@@ -172,7 +197,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(from, to, port, dress)| Event::Stray { from, to, port, dress }),
         1 => (0u8..3, any::<bool>(), any::<u8>(), any::<bool>())
             .prop_map(|(client, vip, len, family)| Event::Ping { client, vip, len, family }),
-        1 => (0u8..10, 0u8..6).prop_map(|(target, damage)| Event::Malformed { target, damage }),
+        1 => (0u8..17, 0u8..6).prop_map(|(target, damage)| Event::Malformed { target, damage }),
         2 => (flow(), prop::bool::weighted(0.5), prop::bool::weighted(0.8), 0u8..5)
             .prop_map(|(flow, alive, resolved, weight)| {
                 Event::Backend { flow, alive, resolved, weight }

@@ -57,6 +57,8 @@ pub struct Arrival<A> {
     pub flags: u8,
     /// 1 if the packet has a hop left.
     pub can_travel: u8,
+    /// The destination's lane of the address filter.
+    pub lane: u8,
 }
 
 /// Each CPU's desk, where subprograms find the packet and leave their result; it also holds what
@@ -151,7 +153,7 @@ pub fn follow<F: Family>(
     if lane & LANE_VIP == 0 {
         return Err(Verdict::PASS);
     }
-    begin::<F>(frame, link, packet, &key, can_travel)
+    begin::<F>(frame, link, packet, &key, can_travel, lane)
 }
 
 /// A packet from the backend, on its way to the client.
@@ -239,6 +241,7 @@ fn begin<F: Family>(
     packet: &Packet<F>,
     key: &FlowKey<F::Addr>,
     can_travel: bool,
+    lane: u8,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
     let work = F::work().ok_or(Verdict::PASS)?;
     work.arrival.key = *key;
@@ -247,6 +250,7 @@ fn begin<F: Family>(
     work.arrival.now = now();
     work.arrival.flags = packet.flags.0;
     work.arrival.can_travel = u8::from(can_travel);
+    work.arrival.lane = lane;
     for step in [F::choose, F::record_reply, F::record_client] {
         match step() {
             FOLLOW => {}

@@ -34,8 +34,8 @@ pub fn choose<F: Family>() -> Decision {
     let arrival = &work.arrival;
     let key = &arrival.key;
     let udp = key.protocol == u32::from(protocol::UDP);
-    let Some((number, service)) = lookup::service::<F>(key.dst, key.dport, key.protocol as u8)
-    else {
+    let found = lookup::service::<F>(key.dst, key.dport, key.protocol as u8, arrival.lane);
+    let Some((number, service)) = found else {
         return NOT_OURS;
     };
     if !udp && !TcpFlags(arrival.flags).opens() {
@@ -59,7 +59,11 @@ pub fn choose<F: Family>() -> Decision {
     work.reply_key = FlowKey {
         src: target,
         dst: source,
-        sport: backend.port,
+        sport: if backend.port == 0 {
+            key.dport
+        } else {
+            backend.port
+        },
         dport: 0,
         protocol: key.protocol,
     };

@@ -1,6 +1,7 @@
 //! The real data plane on single packets: a file per behaviour.
 
 mod checksum;
+mod listeners;
 mod malformed;
 mod nat;
 mod neighbour;
