@@ -397,6 +397,8 @@ pub struct Balancer {
     /// First slot and room of each service's table.
     tables: Vec<(u32, u32)>,
     lanes: BTreeMap<u32, u64>,
+    /// Of backends by service number and index; 1 where there is none.
+    generations: BTreeMap<(u32, usize), u32>,
     settings: abi::Settings,
     /// The counters after the last packet, where nothing has moved them since.
     last_counts: Option<Counts>,
@@ -449,6 +451,7 @@ impl Balancer {
             first_backend: Vec::new(),
             tables: Vec::new(),
             lanes,
+            generations: BTreeMap::new(),
             settings,
             last_counts: None,
         };
@@ -501,7 +504,7 @@ impl Balancer {
         self.first_backend.push(first);
         self.services.push(service.clone());
         for index in 0..service.backends.len() {
-            self.write_backend(number, index, 1);
+            self.write_backend(number, index);
         }
         self.write_service(number);
         let vip = service::Vip {
@@ -542,14 +545,20 @@ impl Balancer {
             "backends keep their numbers"
         );
         for index in 0..before {
-            self.write_backend(number, index, 1);
+            self.write_backend(number, index);
         }
         self.write_service(number);
     }
 
-    /// Gives backend `index` of a service another generation: the number belongs to a new backend.
-    pub fn set_generation(&mut self, service: u32, index: usize, generation: u32) {
-        self.write_backend(service, index, generation);
+    /// Gives the number of backend `index` to a new backend, as the daemon does: with the next
+    /// generation, and without connections.
+    pub fn replace_backend(&mut self, service: u32, index: usize) {
+        *self.generations.entry((service, index)).or_insert(1) += 1;
+        self.write_backend(service, index);
+        let number = self.backend_number(service, index);
+        let none: backend::Load = bytemuck::Zeroable::zeroed();
+        self.set("backend_load", number, none);
+        self.last_counts = None;
     }
 
     /// Sets the flags of a VIP.
@@ -564,7 +573,8 @@ impl Balancer {
         }
     }
 
-    fn write_backend(&mut self, number: u32, index: usize, generation: u32) {
+    fn write_backend(&mut self, number: u32, index: usize) {
+        let generation = self.generations.get(&(number, index)).copied().unwrap_or(1);
         let b = self.services[number as usize - 1].backends[index].clone();
         let mut l2 = [0u8; 12];
         l2[..6].copy_from_slice(&b.mac);

@@ -141,11 +141,13 @@ impl Model {
     /// Follows a change of the configuration.
     pub fn change(&mut self, service: u32, change: impl FnOnce(&mut Service)) {
         change(&mut self.services[service as usize - 1]);
-        let first = self.first_backend[service as usize - 1];
-        for index in 0..self.services[service as usize - 1].backends.len() {
-            // `Balancer::change` writes every backend with its first generation.
-            self.generations.remove(&(first + index as u32));
-        }
+    }
+
+    /// Gives the number of a backend to a new one.
+    pub fn replace_backend(&mut self, service: u32, index: usize) {
+        let number = self.first_backend[service as usize - 1] + index as u32;
+        *self.generations.entry(number).or_insert(1) += 1;
+        self.load.remove(&number);
     }
 
     /// Lets time pass.
@@ -256,6 +258,7 @@ impl Model {
             });
         }
         let (from, to) = ((packet.src, packet.sport), (packet.dst, packet.dport));
+        let generations = self.generations.clone();
         let of_protocol = |f: &&mut Flow| f.protocol == packet.protocol();
         if let Some(flow) = self
             .flows
@@ -267,7 +270,9 @@ impl Model {
                 return Ok(dropped(DropReason::TtlExceeded, flow.service));
             }
             let next = after(flow.state, packet, true);
-            move_load(&mut self.load, flow.backend, flow.state, next);
+            if generations.get(&flow.backend).copied().unwrap_or(1) == flow.generation {
+                move_load(&mut self.load, flow.backend, flow.state, next);
+            }
             flow.state = next;
             let (vip, client) = (flow.vip, flow.client);
             let mut out = rewritten(packet, vip, client);

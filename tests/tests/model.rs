@@ -59,6 +59,8 @@ enum Event {
         resolved: bool,
         weight: u8,
     },
+    /// The number of a flow's backend is given to another.
+    Replace { flow: u16 },
     /// Time passes.
     Age,
 }
@@ -202,6 +204,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(flow, alive, resolved, weight)| {
                 Event::Backend { flow, alive, resolved, weight }
             }),
+        1 => flow().prop_map(|flow| Event::Replace { flow }),
         3 => Just(Event::Age),
     ]
 }
@@ -372,6 +375,15 @@ fn check(events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseErr
                 };
                 balancer.change(number, change);
                 model.change(number, change);
+                continue;
+            }
+            Event::Replace { flow } => {
+                if model.is_empty() {
+                    continue;
+                }
+                let (number, index) = model.backend_of(usize::from(*flow) % model.len());
+                balancer.replace_backend(number, index);
+                model.replace_backend(number, index);
                 continue;
             }
             Event::Age => {

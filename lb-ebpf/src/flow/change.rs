@@ -105,6 +105,13 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
     if !unsafe { atomic::replace((&raw mut flow.state).cast(), word(before), word(after)) } {
         return;
     }
+    // The number may belong to another backend by now, which never counted this flow.
+    if maps::BACKENDS
+        .get(backend)
+        .is_none_or(|b| b.generation != flow.generation)
+    {
+        return;
+    }
     match (state::is_active(before), state::is_active(after)) {
         (false, true) => {
             count_load(backend, ACTIVE, 1);

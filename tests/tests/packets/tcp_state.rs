@@ -13,6 +13,15 @@ struct Connection {
     port: u16,
 }
 
+/// A backend without connections is not listed.
+fn with_load(counts: Counts, active: u64, inactive: u64) -> Counts {
+    if (active, inactive) == (0, 0) {
+        counts
+    } else {
+        counts.load(1, active, inactive)
+    }
+}
+
 fn to_vip(family: Family) -> Packet {
     tcp(family).from(CLIENT, 40000).to(VIP, 80)
 }
@@ -69,9 +78,11 @@ impl Connection {
             what,
             &packet,
             &Expected::sent(&packet.nat_back(VIP, 80, CLIENT, 40000)),
-            &Counts::default()
-                .packet_out(1, 1, packet.ip_len())
-                .load(1, active, inactive),
+            &with_load(
+                Counts::default().packet_out(1, 1, packet.ip_len()),
+                active,
+                inactive,
+            ),
         );
         assert_eq!(self.state(), state, "{what}: the flow's state");
     }
@@ -326,17 +337,36 @@ fn a_syn_on_a_flow_of_a_dead_backend_picks_another() {
 fn a_backend_number_given_to_another_backend_ends_its_flows() {
     let mut c = Connection::open(Family::V4, |_| {});
     c.establish();
-    c.balancer.set_generation(1, 0, 2);
+    c.balancer.replace_backend(1, 0);
     let data = c.c().ack();
-    // The load is not the new backend's to lose: the daemon has reset it with the number.
     c.balancer.check(
         "reset",
         &data,
         &Expected::sent(&reset_for(&data)),
-        &Counts::default()
-            .drop(DropReason::BackendDown, 1)
-            .load(1, 1, 0),
+        &Counts::default().drop(DropReason::BackendDown, 1),
     );
+    assert!(
+        c.balancer.flows(Family::V4).is_empty(),
+        "nothing of it is left"
+    );
+}
+
+/// The former backend may still close its connections; they are not the new one's to lose.
+#[test]
+fn a_new_backend_does_not_lose_connections_of_the_former() {
+    for family in Family::BOTH {
+        let mut c = Connection::open(family, |_| {});
+        c.establish();
+        c.balancer.replace_backend(1, 0);
+        c.backend(
+            "FIN of the former",
+            c.b().ack().fin(),
+            state::FIN_BACKEND,
+            0,
+            0,
+        );
+        c.backend("RST of the former", c.b().rst(), state::CLOSED, 0, 0);
+    }
 }
 
 #[test]
