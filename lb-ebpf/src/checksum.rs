@@ -30,6 +30,19 @@ pub fn pseudo_header<A: Address>(src: A, dst: A, protocol: u8, transport_len: u3
     csum::fold(sum)
 }
 
+/// What replacing an address adds to a sum.
+#[inline(always)]
+pub fn replaced<A: Address>(old: A, new: A) -> u64 {
+    let (old, new) = (old.widen(), new.widen());
+    let mut sum = 0;
+    let mut i = 0;
+    while i < A::WORDS {
+        sum += csum::minus(old[i]) + csum::word(new[i]);
+        i += 1;
+    }
+    sum
+}
+
 /// Whole chunks in the largest IP packet.
 const MAX_CHUNKS: u32 = 65536 / CHUNK as u32;
 

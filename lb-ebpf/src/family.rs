@@ -3,11 +3,15 @@
 use crate::{
     flow::{self, Work},
     frame::{Cursor, Frame},
+    icmp::{self, error::Quoted},
     maps, neighbour,
     parse::{self, Link, Network, protocol},
     verdict::Verdict,
 };
-use aya_ebpf::btf_maps::{HashMap, LruHashMap};
+use aya_ebpf::{
+    bindings::xdp_md,
+    btf_maps::{HashMap, LruHashMap},
+};
 use core::mem::offset_of;
 use lb_common::{
     addr::Address,
@@ -78,6 +82,16 @@ pub trait Family: Sized {
 
     /// A packet whose destination is neither a VIP nor a NAT source.
     fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict>;
+    /// Whether an ICMP message of this type reports what happened to a packet it quotes.
+    fn is_icmp_error(kind: u8) -> bool;
+    /// [`crate::icmp::error`]'s subprogram.
+    fn carry_error(ctx: *mut xdp_md) -> u64;
+    /// Reads the header of a packet quoted at `quote`; `None` if it is cut short or is a fragment
+    /// without ports.
+    fn quoted(frame: &Frame, quote: Cursor) -> Option<Quoted<Self::Addr>>;
+    /// Writes the addresses of a quoted header, and returns what mending its own checksum adds to
+    /// the sum of the message.
+    fn readdress_quoted(quote: Cursor, src: Self::Addr, dst: Self::Addr, l3_delta: u16) -> u16;
     /// An ICMP message for a VIP that is not an echo request.
     fn answer_icmp(frame: &Frame, link: &Link, network: &Network<Self>) -> Verdict;
 }
@@ -203,6 +217,44 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        // Destination unreachable, time exceeded, parameter problem.
+        kind == 3 || kind == 11 || kind == 12
+    }
+
+    #[inline(always)]
+    fn carry_error(ctx: *mut xdp_md) -> u64 {
+        icmp::error::carry_error4(ctx)
+    }
+
+    #[inline(always)]
+    fn quoted(frame: &Frame, quote: Cursor) -> Option<Quoted<u32>> {
+        let header = frame.check(quote, Ipv4Hdr::LEN)?;
+        let version_ihl: u8 = header.read(offset_of!(Ipv4Hdr, vihl));
+        let header_len = u32::from(version_ihl & 0xf) * 4;
+        let offset = header.read::<u16>(offset_of!(Ipv4Hdr, frags)) & parse::ipv4::OFFSET;
+        if version_ihl >> 4 != 4 || header_len < Ipv4Hdr::LEN as u32 || offset != 0 {
+            return None;
+        }
+        Some(Quoted {
+            src: header.read_address(offset_of!(Ipv4Hdr, src_addr)),
+            dst: header.read_address(offset_of!(Ipv4Hdr, dst_addr)),
+            protocol: header.read(offset_of!(Ipv4Hdr, proto)),
+            header_len,
+        })
+    }
+
+    #[inline(always)]
+    fn readdress_quoted(quote: Cursor, src: u32, dst: u32, l3_delta: u16) -> u16 {
+        let check: u16 = quote.read(offset_of!(Ipv4Hdr, check));
+        let mended = csum::update(check, l3_delta);
+        quote.write(offset_of!(Ipv4Hdr, check), mended);
+        quote.write_address(offset_of!(Ipv4Hdr, src_addr), src);
+        quote.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
+        csum::fold(u64::from(!check) + u64::from(mended))
+    }
+
+    #[inline(always)]
     fn answer_icmp(_: &Frame, _: &Link, _: &Network<Self>) -> Verdict {
         Verdict::PASS
     }
@@ -304,6 +356,47 @@ impl Family for V6 {
         } else {
             Ok(Verdict::PASS)
         }
+    }
+
+    #[inline(always)]
+    fn is_icmp_error(kind: u8) -> bool {
+        // Destination unreachable, packet too big, time exceeded, parameter problem.
+        (1..=4).contains(&kind)
+    }
+
+    #[inline(always)]
+    fn carry_error(ctx: *mut xdp_md) -> u64 {
+        icmp::error::carry_error6(ctx)
+    }
+
+    #[inline(always)]
+    fn quoted(frame: &Frame, quote: Cursor) -> Option<Quoted<[u32; 4]>> {
+        let header = frame.check(quote, Ipv6Hdr::LEN)?;
+        if header.read::<u8>(0) >> 4 != 6 {
+            return None;
+        }
+        let mut quoted = Quoted {
+            src: header.read_address(offset_of!(Ipv6Hdr, src_addr)),
+            dst: header.read_address(offset_of!(Ipv6Hdr, dst_addr)),
+            protocol: header.read(offset_of!(Ipv6Hdr, next_hdr)),
+            header_len: Ipv6Hdr::LEN as u32,
+        };
+        if quoted.protocol == parse::ipv6::FRAGMENT {
+            let fragment = frame.check(quote.skip(Ipv6Hdr::LEN), parse::ipv6::FRAGMENT_LEN)?;
+            if fragment.read::<u16>(2) & parse::ipv6::OFFSET != 0 {
+                return None;
+            }
+            quoted.protocol = fragment.read(0);
+            quoted.header_len += parse::ipv6::FRAGMENT_LEN as u32;
+        }
+        Some(quoted)
+    }
+
+    #[inline(always)]
+    fn readdress_quoted(quote: Cursor, src: [u32; 4], dst: [u32; 4], _l3_delta: u16) -> u16 {
+        quote.write_address(offset_of!(Ipv6Hdr, src_addr), src);
+        quote.write_address(offset_of!(Ipv6Hdr, dst_addr), dst);
+        0
     }
 
     /// A known neighbour is confirmed with a solicitation to the address itself (RFC 4861

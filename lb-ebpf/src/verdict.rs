@@ -29,6 +29,28 @@ impl Verdict {
         Self((object as u64) << 32 | (reason as u64) << 8 | action as u64)
     }
 
+    /// The verdict as a subprogram returns it.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The inverse of [`Verdict::bits`].
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// Leaves by interface `ifindex`, whichever it came from.
+    #[inline(always)]
+    pub fn leave(frame: &Frame, ifindex: u32) -> Self {
+        if ifindex == frame.ingress() {
+            Self::TRANSMIT
+        } else {
+            Self::redirect(ifindex)
+        }
+    }
+
     /// Leaves by another interface.
     #[inline(always)]
     pub const fn redirect(ifindex: u32) -> Self {

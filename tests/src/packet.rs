@@ -303,6 +303,20 @@ pub fn icmp(family: Family, kind: u8, code: u8, rest: [u8; 4]) -> Packet {
     packet(family, Transport::Icmp { kind, code, rest })
 }
 
+/// An ICMP or ICMPv6 error (type, code, bytes 4 to 7) that quotes at most `keep` bytes of
+/// `quoted`, from its IP header on.
+#[must_use]
+pub fn icmp_error(
+    family: Family,
+    (kind, code, rest): (u8, u8, [u8; 4]),
+    quoted: &Packet,
+    keep: usize,
+) -> Packet {
+    let mut quote = quoted.build().split_off(14 + 4 * quoted.vlans.len());
+    quote.truncate(keep);
+    icmp(family, kind, code, rest).payload(quote)
+}
+
 /// An echo request.
 #[must_use]
 pub fn ping(family: Family, id: u16, sequence: u16) -> Packet {

@@ -7,6 +7,8 @@ use network_types::ip::Ipv4Hdr;
 
 /// More-fragments flag and fragment offset, as they stand in the frame.
 const FRAGMENT_BITS: u16 = 0x3fff_u16.to_be();
+/// Fragment offset.
+pub const OFFSET: u16 = 0x1fff_u16.to_be();
 
 /// Reads the addresses.
 #[inline(always)]

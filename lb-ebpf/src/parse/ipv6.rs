@@ -8,8 +8,13 @@ use network_types::ip::Ipv6Hdr;
 // Next-header values (IANA).
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
+pub const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
+
+/// Bytes of a fragment header.
+pub const FRAGMENT_LEN: usize = 8;
+/// Fragment offset, in the third and fourth byte of a fragment header.
+pub const OFFSET: u16 = 0xfff8_u16.to_be();
 
 /// Extension headers that are walked over; RFC 8200 section 4.1 orders no more than four before
 /// the transport header.

@@ -1,6 +1,7 @@
 //! The real data plane on single packets: a file per behaviour.
 
 mod checksum;
+mod icmp;
 mod listeners;
 mod malformed;
 mod nat;

@@ -1,4 +1,7 @@
-//! ICMP (RFC 792) and ICMPv6 (RFC 4443): a VIP answers its ping.
+//! ICMP (RFC 792) and ICMPv6 (RFC 4443): a VIP answers its ping, and errors about our packets
+//! reach those who must know.
+
+pub mod error;
 
 use crate::{
     family::{Family, HOPS},
@@ -9,10 +12,11 @@ use crate::{
     verdict::Verdict,
 };
 use core::mem::offset_of;
-use lb_common::csum;
+use lb_common::{csum, flow::Flow};
 use network_types::icmp::Icmpv4Hdr;
 
-/// Answers an echo request for a VIP in place; anything else is the kernel's.
+/// Answers an echo request for a VIP in place and carries errors on; anything else is the
+/// kernel's.
 ///
 /// Type, code and checksum have the same place in both families. A VIP that the kernel holds too
 /// is answered here as well: the answer is the same and cheaper.
@@ -26,7 +30,13 @@ pub fn answer<F: Family>(
     let Some(header) = frame.check(located.header, Icmpv4Hdr::LEN) else {
         return Verdict::PASS;
     };
-    if located.transport_len < Icmpv4Hdr::LEN as u32 || lookup::vip::<F>(&network.dst).is_none() {
+    if located.transport_len < Icmpv4Hdr::LEN as u32 {
+        return Verdict::PASS;
+    }
+    if F::is_icmp_error(header.read(0)) {
+        return Verdict::from_bits(F::carry_error(frame.ctx));
+    }
+    if lookup::vip::<F>(&network.dst).is_none() {
         return Verdict::PASS;
     }
     let request = u16::from_ne_bytes([F::ECHO_REQUEST, 0]);
@@ -42,4 +52,10 @@ pub fn answer<F: Family>(
     F::readdress(network.header, network.dst, network.src, 0, HOPS);
     rewrite::exchange_link(link);
     Verdict::TRANSMIT
+}
+
+/// Whether the source of packets in a flow's direction becomes the balancer's.
+#[inline(always)]
+const fn translates<A>(_flow: &Flow<A>) -> bool {
+    true
 }

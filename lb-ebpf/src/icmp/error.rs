@@ -1,0 +1,207 @@
+//! An error that quotes a packet of a flow goes to the end of the flow that must hear of it.
+//!
+//! `docs/icmp.md` derives the translation. In short: an error quotes a packet as it left the
+//! balancer, so the quoted addresses and ports the other way round are the key of the entry that
+//! carries packets *towards* whoever sent it, and that entry says all there is to write.
+
+use super::translates;
+use crate::{
+    checksum,
+    family::{Family, V4, V6},
+    frame::{Cursor, Frame},
+    maps, parse,
+    parse::protocol,
+    stats,
+    verdict::Verdict,
+};
+use aya_ebpf::bindings::xdp_md;
+use core::mem::offset_of;
+use lb_common::{
+    addr::Address,
+    backend::BACKEND_RESOLVED,
+    csum,
+    flow::{DIRECTION_BACKEND, Flow, FlowKey},
+    stats::DropReason,
+};
+use network_types::{icmp::Icmpv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+/// The header of a quoted packet.
+pub struct Quoted<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Bytes to the transport header.
+    pub header_len: u32,
+}
+
+/// Bytes of the transport header that every quote holds (RFC 792): the ports, and UDP's checksum.
+const QUOTED_TRANSPORT: u32 = 8;
+
+/// Carries the error in `ctx`, which is for one of our addresses, to the flow's end; what quotes
+/// no flow is the kernel's.
+#[inline(always)]
+fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
+    let frame = Frame::new(ctx);
+    let link = parse::ethernet(&frame)?;
+    let network = parse::network::<F>(&frame, &link)?;
+    let Ok(located) = F::locate(&frame, &network) else {
+        return Err(Verdict::PASS);
+    };
+    let icmp = located.header;
+    let quote = icmp.skip(Icmpv4Hdr::LEN);
+    let quoted = F::quoted(&frame, quote).ok_or(Verdict::PASS)?;
+    let to_transport = Icmpv4Hdr::LEN as u32 + quoted.header_len;
+    if located.transport_len < to_transport + QUOTED_TRANSPORT {
+        return Err(Verdict::PASS);
+    }
+    let transport = quote.skip(quoted.header_len as usize);
+    let transport = frame
+        .check(transport, QUOTED_TRANSPORT as usize)
+        .ok_or(Verdict::PASS)?;
+
+    let work = F::work().ok_or(Verdict::PASS)?;
+    work.arrival.key = FlowKey {
+        src: quoted.dst,
+        dst: quoted.src,
+        sport: transport.read(2),
+        dport: transport.read(0),
+        protocol: u32::from(quoted.protocol),
+    };
+    let flow = F::flows()
+        .get_ptr_mut(&work.arrival.key)
+        .ok_or(Verdict::PASS)?;
+    // SAFETY: as in `flow::follow`.
+    let flow = unsafe { &*flow };
+    let service = flow.service;
+    // RFC 1812 section 4.3.2.7, RFC 4443 section 2.4 (e): no error about an error.
+    let hops = F::hops(network.header);
+    if hops <= 1 {
+        return Err(Verdict::drop(DropReason::TtlExceeded, service));
+    }
+    let (l2, ifindex) = next_hop(flow)?;
+
+    let tcp_check = to_transport + offset_of!(TcpHdr, check) as u32 + 2 <= located.transport_len;
+    translate_quote::<F>(
+        &frame,
+        icmp,
+        quote,
+        transport,
+        flow,
+        quoted.protocol,
+        tcp_check,
+    );
+    let source = if translates(flow) {
+        flow.src
+    } else {
+        network.src
+    };
+    let outer = checksum::replaced(network.src, source) + checksum::replaced(network.dst, flow.dst);
+    if F::ICMP == protocol::ICMPV6 {
+        // The pseudo-header has the addresses (RFC 4443 section 2.3).
+        add_to_check(icmp, csum::fold(outer));
+    }
+    F::readdress(
+        network.header,
+        source,
+        flow.dst,
+        csum::fold(outer),
+        hops - 1,
+    );
+    link.header.write_words(0, l2);
+    let bytes = u64::from(located.packet_len);
+    if flow.direction == DIRECTION_BACKEND {
+        stats::count_out(service, flow.backend, bytes);
+    } else {
+        stats::count_in(service, flow.backend, bytes);
+    }
+    Ok(Verdict::leave(&frame, ifindex))
+}
+
+/// MAC addresses and interface towards the end of the flow.
+#[inline(always)]
+fn next_hop<A: Address>(flow: &Flow<A>) -> Result<([u32; 3], u32), Verdict> {
+    if flow.direction == DIRECTION_BACKEND {
+        return Ok((flow.l2, flow.ifindex));
+    }
+    let backend = maps::BACKENDS
+        .get(flow.backend)
+        .filter(|b| b.generation == flow.generation)
+        .ok_or(Verdict::drop(DropReason::BackendDown, flow.service))?;
+    if backend.flags & BACKEND_RESOLVED == 0 {
+        return Err(Verdict::drop(DropReason::NoNeighbour, flow.service));
+    }
+    Ok((backend.l2, backend.ifindex))
+}
+
+/// Makes the quoted packet the one its sender knows, and mends the ICMP checksum.
+///
+/// The quote is the flow's tuple the other way round, so what the flow adds to the sums of its
+/// own packets is also what the translation adds to those of the quote.
+#[inline(always)]
+fn translate_quote<F: Family>(
+    frame: &Frame,
+    icmp: Cursor,
+    quote: Cursor,
+    transport: Cursor,
+    flow: &Flow<F::Addr>,
+    protocol: u8,
+    tcp_check: bool,
+) {
+    let mut delta = u64::from(flow.l4_delta)
+        + u64::from(F::readdress_quoted(
+            quote,
+            flow.dst,
+            flow.src,
+            flow.l3_delta,
+        ));
+    transport.write(0, flow.dport);
+    transport.write(2, flow.sport);
+    if protocol == protocol::UDP {
+        let check: u16 = transport.read(offset_of!(UdpHdr, check));
+        // Zero: the sender sent none (RFC 768).
+        if check != 0 {
+            let mended = csum::udp(csum::update(check, flow.l4_delta));
+            transport.write(offset_of!(UdpHdr, check), mended);
+            delta += u64::from(!check) + u64::from(mended);
+        }
+    } else if tcp_check {
+        // A router may quote no more than the first eight bytes, which end before this field.
+        const FIELD: usize = offset_of!(TcpHdr, check);
+        if let Some(tcp) = frame.check(transport, FIELD + 2) {
+            let check: u16 = tcp.read(FIELD);
+            let mended = csum::update(check, flow.l4_delta);
+            tcp.write(FIELD, mended);
+            delta += u64::from(!check) + u64::from(mended);
+        }
+    }
+    add_to_check(icmp, csum::fold(delta));
+}
+
+#[inline(always)]
+fn add_to_check(icmp: Cursor, delta: u16) {
+    let check: u16 = icmp.read(offset_of!(Icmpv4Hdr, check));
+    icmp.write(offset_of!(Icmpv4Hdr, check), csum::update(check, delta));
+}
+
+/// [`carry`] for IPv4, as a function the kernel verifies once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn carry_error4(ctx: *mut xdp_md) -> u64 {
+    bits(carry::<V4>(ctx))
+}
+
+/// [`carry`] for IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn carry_error6(ctx: *mut xdp_md) -> u64 {
+    bits(carry::<V6>(ctx))
+}
+
+#[inline(always)]
+fn bits(verdict: Result<Verdict, Verdict>) -> u64 {
+    let (Ok(verdict) | Err(verdict)) = verdict;
+    verdict.bits()
+}
