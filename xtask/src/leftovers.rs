@@ -2,12 +2,17 @@
 //!
 //! Whatever a test makes outside its own process is called `slc-<pid>…`, by the process that made it (a demonstration:
 //! `sluice-demo-<pid>…`). It belongs to a dead run when that process is gone; what belongs to a live one is never touched.
+//!
+//! Processes are known by the dead run's namespace they run in, or by the variable [`MARK`] that they inherited.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fmt, fs,
     path::{Path, PathBuf},
     process::Stdio,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -17,17 +22,21 @@ use crate::run::{as_root, output, run};
 /// How the names of all that tests make begin, and of what a demonstration makes.
 const PREFIXES: [&str; 2] = ["slc-", "sluice-demo-"];
 
+/// Set in the environment of every test program to the number of the xtask that runs it.
+pub const MARK: &str = "SLUICE_TEST_RUN";
+
+/// How long a process may take to end that was told to by the end of its run.
+const GRACE: Duration = Duration::from_secs(3);
+
 /// Something that outlived the run that made it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Leftover {
-    /// A process in a namespace of the run. Goes first: it may hold the others.
+    /// A process. Goes first: it may hold the others.
     Process {
         /// Its number.
         pid: u32,
         /// What `/proc/<pid>/comm` says.
         name: String,
-        /// The namespace it runs in.
-        namespace: String,
     },
     /// A folder of pinned BPF objects, or a pin.
     Pin(PathBuf),
@@ -42,11 +51,7 @@ pub enum Leftover {
 impl fmt::Display for Leftover {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Process {
-                pid,
-                name,
-                namespace,
-            } => write!(f, "process {pid} ({name}) in namespace {namespace}"),
+            Self::Process { pid, name } => write!(f, "process {pid} ({name})"),
             Self::Pin(path) => write!(f, "pin {}", path.display()),
             Self::Namespace(name) => write!(f, "network namespace {name}"),
             Self::Link(name) => write!(f, "link {name}"),
@@ -57,23 +62,19 @@ impl fmt::Display for Leftover {
 
 /// All that dead runs left, in the order in which it is to be removed.
 fn find() -> Vec<Leftover> {
-    let mut found = Vec::new();
-    for namespace in names("/run/netns") {
-        found.extend(processes(&namespace));
-        found.push(Leftover::Namespace(namespace));
-    }
+    let namespaces = names("/run/netns");
+    let mut found = processes(&namespaces);
+    found.extend(namespaces.into_iter().map(Leftover::Namespace));
     // Pins are root's alone; an ordinary user has to ask.
     let pins = output_as_root("ls", &["/sys/fs/bpf"]).unwrap_or_default();
     for pin in pins.lines().filter(|name| is_dead(name)) {
         found.push(Leftover::Pin(Path::new("/sys/fs/bpf").join(pin)));
     }
     found.extend(names("/sys/class/net").into_iter().map(Leftover::Link));
-    let temporary = std::env::temp_dir();
-    found.extend(
-        names(&temporary)
-            .into_iter()
-            .map(|name| Leftover::File(temporary.join(name))),
-    );
+    for folder in [std::env::temp_dir(), "/run".into()] {
+        let files = names(&folder).into_iter();
+        found.extend(files.map(|name| Leftover::File(folder.join(name))));
+    }
     found.sort();
     found
 }
@@ -94,9 +95,14 @@ fn remove(leftover: &Leftover) -> Result<()> {
     run(as_root(program)?.args(arguments).stderr(Stdio::null()))
 }
 
-/// Removes all that dead runs left, and returns what it was.
+/// Removes all that dead runs left, and returns what it was. What is just about to end gets the time to.
 pub fn clean() -> Vec<Leftover> {
-    let found = find();
+    let asked = Instant::now();
+    let mut found = find();
+    while matches!(found.first(), Some(Leftover::Process { .. })) && asked.elapsed() < GRACE {
+        thread::sleep(Duration::from_millis(50));
+        found = find();
+    }
     for leftover in &found {
         if let Err(error) = remove(leftover)
             && find().contains(leftover)
@@ -120,7 +126,7 @@ fn names(folder: impl AsRef<Path>) -> Vec<String> {
 }
 
 fn is_dead(name: &str) -> bool {
-    owner(name).is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+    owner(name).is_some_and(is_gone)
 }
 
 /// The process that a name belongs to. A name without one is nobody's, and left alone.
@@ -134,20 +140,48 @@ fn owner(name: &str) -> Option<u32> {
     rest[..end].parse().ok()
 }
 
-/// The processes that run in a namespace.
-fn processes(namespace: &str) -> Vec<Leftover> {
-    let pids = output_as_root("ip", &["netns", "pids", namespace]).unwrap_or_default();
-    pids.lines()
-        .filter_map(|pid| pid.trim().parse().ok())
-        .map(|pid: u32| Leftover::Process {
+/// The processes in these namespaces, and the marked ones of runs that are over.
+fn processes(namespaces: &[String]) -> Vec<Leftover> {
+    let mut pids: BTreeSet<u32> = BTreeSet::new();
+    for namespace in namespaces {
+        let inside = output_as_root("ip", &["netns", "pids", namespace]).unwrap_or_default();
+        pids.extend(
+            inside
+                .lines()
+                .filter_map(|pid| pid.trim().parse::<u32>().ok()),
+        );
+    }
+    // Only root may read the environment of root's processes.
+    let marked = output_as_root("sh", &["-c", &marks("[0-9]*")]).unwrap_or_default();
+    pids.extend(marked.lines().filter_map(orphan));
+    pids.into_iter()
+        .map(|pid| Leftover::Process {
             pid,
             name: fs::read_to_string(format!("/proc/{pid}/comm"))
                 .unwrap_or_default()
                 .trim()
                 .to_owned(),
-            namespace: namespace.to_owned(),
         })
         .collect()
+}
+
+/// A script that prints a line for [`orphan`] for each process that is marked.
+fn marks(pid: &str) -> String {
+    // The last command's result counts: grep fails where a process has no mark or ends meanwhile.
+    format!("grep -aHzosx '{MARK}=[0-9]*' /proc/{pid}/environ | tr '\\0' '\\n'")
+}
+
+/// The process in `/proc/<pid>/environ:SLUICE_TEST_RUN=<xtask>`, unless another, live xtask runs it.
+fn orphan(line: &str) -> Option<u32> {
+    let (path, mark) = line.split_once(':')?;
+    let run: u32 = mark.strip_prefix(MARK)?.strip_prefix('=')?.parse().ok()?;
+    // Our own test programs have ended when this is asked.
+    (run == std::process::id() || is_gone(run)).then_some(())?;
+    path.split('/').nth(2)?.parse().ok()
+}
+
+fn is_gone(pid: u32) -> bool {
+    !Path::new("/proc").join(pid.to_string()).exists()
 }
 
 fn output_as_root(program: &str, arguments: &[&str]) -> Option<String> {
@@ -190,20 +224,39 @@ mod tests {
     }
 
     #[test]
+    fn marked_processes_of_live_runs_are_not_orphans() {
+        let line = |run: u32| format!("/proc/77/environ:{MARK}={run}");
+        assert_eq!(orphan(&line(NOBODY)), Some(77));
+        assert_eq!(orphan(&line(std::process::id())), Some(77));
+        assert_eq!(orphan(&line(1)), None);
+        assert_eq!(orphan("grep: nonsense"), None);
+    }
+
+    #[test]
+    fn a_marked_process_is_found() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .env(MARK, NOBODY.to_string())
+            .spawn()
+            .unwrap();
+        let script = marks(&child.id().to_string());
+        let line = output(std::process::Command::new("sh").args(["-c", &script]));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(orphan(&line.unwrap()), Some(child.id()));
+    }
+
+    #[test]
     fn processes_go_before_the_namespace_that_they_hold() {
         let mut both = [
             Leftover::Namespace("slc-1-a".to_owned()),
             Leftover::Process {
                 pid: 2,
                 name: "nginx".to_owned(),
-                namespace: "slc-1-a".to_owned(),
             },
         ];
         both.sort();
-        assert_eq!(
-            both[0].to_string(),
-            "process 2 (nginx) in namespace slc-1-a"
-        );
+        assert_eq!(both[0].to_string(), "process 2 (nginx)");
         assert_eq!(both[1].to_string(), "network namespace slc-1-a");
     }
 }

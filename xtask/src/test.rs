@@ -137,7 +137,9 @@ fn run_program(
     filter: &[String],
     quick: bool,
 ) -> Result<Tally> {
-    let variables: [(&str, &OsStr); 2] = [
+    let run = std::process::id().to_string();
+    let variables: [(&str, &OsStr); 3] = [
+        (leftovers::MARK, run.as_ref()),
         ("SLUICE_BIN", sluice.as_os_str()),
         ("RUST_BACKTRACE", "1".as_ref()),
     ];
@@ -154,7 +156,8 @@ fn run_program(
     }
     command.args(filter).current_dir(&program.folder);
     step(&format!(
-        "{} of {}{}",
+        "{} {} of {}{}",
+        program.kind,
         program.target,
         program.package,
         if root { ", as root" } else { "" }
