@@ -48,8 +48,22 @@ pub struct Settings {
     pub nat_port_last: u16,
     /// Seed of the port search, drawn at load so that ports are not predictable from outside.
     pub nat_port_seed: u32,
+    /// First bits of the source address of an encapsulation in IPv4, network order; used where
+    /// the mask below is not zero.
+    pub encap_source4: u32,
+    /// Bits of that address that carry the flow's hash, network order; 0: the balancer's own
+    /// address is the source.
+    pub encap_mask4: u32,
+    /// First bits of the source address of an encapsulation in IPv6, network order.
+    pub encap_source6: [u32; 4],
+    /// Bits of its last word that carry the flow's hash, network order; 0: as for IPv4.
+    pub encap_mask6: u32,
+    /// UDP destination port of `gue`, network order.
+    pub gue_port: u16,
+    /// Zero.
+    pub reserved0: u16,
     /// Zero; room for what comes next without moving what is here.
-    pub reserved: [u32; 11],
+    pub reserved: [u32; 3],
 }
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);

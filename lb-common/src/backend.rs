@@ -19,7 +19,8 @@ pub const BACKEND_ALIVE: u8 = 1 << 1;
 pub struct Backend {
     /// Address, network order; IPv4 in word 0.
     pub addr: [u32; 4],
-    /// The balancer's source address towards this backend in `nat`, network order.
+    /// The balancer's source address towards this backend, in `nat` and of an encapsulation,
+    /// network order.
     pub source: [u32; 4],
     /// Ethernet destination and source towards the next hop: twelve bytes as they stand in the
     /// frame.
@@ -37,8 +38,8 @@ pub struct Backend {
     pub family: u8,
     /// `BACKEND_*`.
     pub flags: u8,
-    /// Zero.
-    pub reserved: u32,
+    /// Bytes of the largest IP packet that can be sent towards it; 0 if that is not known.
+    pub mtu: u32,
 }
 
 const _: () = assert!(size_of::<Backend>() == 64 && align_of::<Backend>() == 4);

@@ -5,9 +5,10 @@ use bytemuck::{Pod, Zeroable};
 
 /// Key of maps `flows4` and `flows6`: the 5-tuple of a packet as it arrives.
 ///
-/// A `nat` connection has two entries, one for each direction a packet may arrive from. Each
-/// holds the tuple its packets are rewritten to, so either key can be had from the other entry
-/// ([`Flow::opposite`]).
+/// A connection in `nat` or `dnat` has two entries, one for each direction a packet may arrive
+/// from. Each holds the tuple its packets are rewritten to, so either key can be had from the
+/// other entry ([`Flow::opposite`]). In the other modes the balancer sees only the client's
+/// packets, and there is only the client's entry.
 ///
 /// Aligned to 8 bytes, so that it can be copied in double words on the BPF stack.
 #[repr(C, align(8))]
@@ -99,8 +100,10 @@ pub struct Flow<A> {
     pub state: u8,
     /// `DIRECTION_*`.
     pub direction: u8,
+    /// One of [`crate::service::forward`].
+    pub forward: u8,
     /// Zero.
-    pub reserved: u16,
+    pub reserved: u8,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.
@@ -133,7 +136,8 @@ impl<A: Address> Flow<A> {
 
 /// The state that follows `state` when a TCP packet with these flags has been forwarded.
 ///
-/// `from_backend` tells the direction. Follows RFC 9293 section 3.3.2 as far as an observer in
+/// `from_backend` tells the direction. Where the backend answers the client itself
+/// (`sees_replies` is false) the client's acknowledgement stands for the handshake. Follows RFC 9293 section 3.3.2 as far as an observer in
 /// the middle can; the balancer never judges sequence numbers.
 #[inline(always)]
 #[must_use]
@@ -144,6 +148,7 @@ pub const fn next_state(
     fin: bool,
     rst: bool,
     from_backend: bool,
+    sees_replies: bool,
 ) -> u8 {
     use state::{
         CLOSED, ESTABLISHED, FIN_BACKEND, FIN_CLIENT, SYN_RECEIVED, SYN_SENT, TIME_WAIT, UDP,
@@ -163,6 +168,7 @@ pub const fn next_state(
     }
     match state {
         SYN_SENT if from_backend && syn && ack => SYN_RECEIVED,
+        SYN_SENT if !sees_replies && ack && !syn => ESTABLISHED,
         SYN_RECEIVED if !from_backend && ack && !syn => ESTABLISHED,
         _ => state,
     }
@@ -177,7 +183,15 @@ mod tests {
         let mut state = SYN_SENT;
         for (flags, from_backend) in steps {
             let has = |c: char| flags.contains(c);
-            state = next_state(state, has('S'), has('A'), has('F'), has('R'), *from_backend);
+            state = next_state(
+                state,
+                has('S'),
+                has('A'),
+                has('F'),
+                has('R'),
+                *from_backend,
+                true,
+            );
         }
         state
     }
@@ -222,8 +236,20 @@ mod tests {
     }
 
     #[test]
+    fn where_replies_are_not_seen_the_client_alone_establishes() {
+        assert_eq!(
+            next_state(SYN_SENT, false, true, false, false, false, false),
+            ESTABLISHED
+        );
+        assert_eq!(
+            next_state(SYN_SENT, true, false, false, false, false, false),
+            SYN_SENT
+        );
+    }
+
+    #[test]
     fn udp_has_no_states() {
-        assert_eq!(next_state(UDP, true, true, true, true, true), UDP);
+        assert_eq!(next_state(UDP, true, true, true, true, true, true), UDP);
     }
 
     #[test]

@@ -6,7 +6,13 @@ use crate::{flow::state, service};
 pub type Names = &'static [(u8, &'static str)];
 
 /// Words for [`service::forward`].
-pub const FORWARD: Names = &[(service::forward::NAT, "nat")];
+pub const FORWARD: Names = &[
+    (service::forward::NAT, "nat"),
+    (service::forward::DNAT, "dnat"),
+    (service::forward::DSR, "dsr"),
+    (service::forward::IPIP, "ipip"),
+    (service::forward::GUE, "gue"),
+];
 
 /// Words for [`service::scheduler`].
 pub const SCHEDULER: Names = &[

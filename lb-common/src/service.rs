@@ -45,6 +45,28 @@ impl<A: Address> ServiceKey<A> {
 pub mod forward {
     /// Full NAT: destination and source rewritten, the reply returns to the balancer.
     pub const NAT: u8 = 0;
+    /// Destination rewritten; the backend's route to the client leads through the balancer.
+    pub const DNAT: u8 = 1;
+    /// Only MAC addresses rewritten; the backend answers the client itself.
+    pub const DSR: u8 = 2;
+    /// The packet inside another IP packet (RFC 2003, RFC 2473, RFC 4213).
+    pub const IPIP: u8 = 3;
+    /// The packet inside UDP: Generic UDP Encapsulation, variant 1.
+    pub const GUE: u8 = 4;
+
+    /// Whether addresses and ports are rewritten, so that replies come back to the balancer.
+    #[inline(always)]
+    #[must_use]
+    pub const fn translates(forward: u8) -> bool {
+        forward <= DNAT
+    }
+
+    /// Whether the packet is put inside another.
+    #[inline(always)]
+    #[must_use]
+    pub const fn encapsulates(forward: u8) -> bool {
+        forward >= IPIP
+    }
 }
 
 /// How a backend is picked for a new flow; names in [`crate::names::SCHEDULER`].

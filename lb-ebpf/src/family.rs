@@ -1,5 +1,6 @@
 //! What differs between IPv4 and IPv6; everything else is written once over [`Family`].
 
+use crate::rewrite::encap;
 use crate::{
     flow::{self, Work},
     frame::{Cursor, Frame},
@@ -14,7 +15,9 @@ use aya_ebpf::{
 };
 use core::mem::offset_of;
 use lb_common::{
+    abi::Settings,
     addr::Address,
+    backend::Backend,
     csum,
     flow::{Flow, FlowKey},
     service::{ServiceKey, Vip},
@@ -40,6 +43,13 @@ pub trait Family: Sized {
     const ECHO_REQUEST: u8;
     /// ICMP type of an echo reply.
     const ECHO_REPLY: u8;
+
+    /// Its ethertype, as it stands in the frame.
+    const ETHERTYPE: u16;
+    /// IP protocol number of a packet of this family inside another.
+    const INSIDE: u8;
+    /// Whether UDP must carry a checksum (RFC 8200 section 8.1).
+    const UDP_NEEDS_CHECKSUM: bool;
 
     /// Its flow table.
     fn flows() -> &'static Flows<Self::Addr>;
@@ -71,6 +81,27 @@ pub trait Family: Sized {
     /// Writes addresses and TTL or hop limit; `l3_delta` is what the addresses add to the header's
     /// sum.
     fn readdress(header: Cursor, src: Self::Addr, dst: Self::Addr, l3_delta: u16, hops: u8);
+    /// DSCP and ECN.
+    fn class(header: Cursor) -> u8;
+    /// Bytes of the IP packet, as its header says.
+    fn packet_len(header: Cursor) -> u32;
+    /// Takes one hop away.
+    fn age(header: Cursor);
+    /// The sum of the header's words, without options.
+    fn header_sum(header: Cursor) -> u64;
+    /// [`crate::rewrite`]'s subprogram that puts a packet of this family into another.
+    fn encapsulate(ctx: *mut xdp_md, backend: u32, hash: u32, gue: u32) -> u32;
+    /// The source of a packet of this family around another.
+    fn encap_source(settings: &Settings, backend: &Backend, hash: u32) -> Self::Addr;
+    /// Writes the header of a packet of this family around another of `payload_len` bytes.
+    fn write_outer(
+        header: Cursor,
+        src: Self::Addr,
+        dst: Self::Addr,
+        protocol: u8,
+        class: u8,
+        payload_len: u32,
+    );
     /// Writes a whole header without options in front of `payload_len` bytes.
     fn write_header(
         header: Cursor,
@@ -110,6 +141,9 @@ impl Family for V4 {
     const ICMP: u8 = protocol::ICMP;
     const ECHO_REQUEST: u8 = 8;
     const ECHO_REPLY: u8 = 0;
+    const ETHERTYPE: u16 = parse::ethernet::IPV4;
+    const INSIDE: u8 = 4;
+    const UDP_NEEDS_CHECKSUM: bool = false;
 
     #[inline(always)]
     fn flows() -> &'static Flows<u32> {
@@ -185,6 +219,45 @@ impl Family for V4 {
         header.write(offset_of!(Ipv4Hdr, check), csum::update(check, delta));
         header.write_address(offset_of!(Ipv4Hdr, src_addr), src);
         header.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
+    }
+
+    #[inline(always)]
+    fn class(header: Cursor) -> u8 {
+        header.read(offset_of!(Ipv4Hdr, tos))
+    }
+
+    #[inline(always)]
+    fn packet_len(header: Cursor) -> u32 {
+        u32::from(u16::from_be(header.read(offset_of!(Ipv4Hdr, tot_len))))
+    }
+
+    #[inline(always)]
+    fn age(header: Cursor) {
+        let hops = Self::hops(header) - 1;
+        let src = header.read_address(offset_of!(Ipv4Hdr, src_addr));
+        let dst = header.read_address(offset_of!(Ipv4Hdr, dst_addr));
+        Self::readdress(header, src, dst, 0, hops);
+    }
+
+    /// The header's checksum makes its sum a known one.
+    #[inline(always)]
+    fn header_sum(_: Cursor) -> u64 {
+        0xffff
+    }
+
+    #[inline(always)]
+    fn encapsulate(ctx: *mut xdp_md, backend: u32, hash: u32, gue: u32) -> u32 {
+        encap::encapsulate4(ctx, backend, hash, gue)
+    }
+
+    #[inline(always)]
+    fn encap_source(settings: &Settings, backend: &Backend, hash: u32) -> u32 {
+        encap::source4(settings, backend, hash)
+    }
+
+    #[inline(always)]
+    fn write_outer(header: Cursor, src: u32, dst: u32, protocol: u8, class: u8, payload_len: u32) {
+        encap::write_outer4(header, src, dst, protocol, class, payload_len);
     }
 
     #[inline(always)]
@@ -266,6 +339,9 @@ impl Family for V6 {
     const ICMP: u8 = protocol::ICMPV6;
     const ECHO_REQUEST: u8 = 128;
     const ECHO_REPLY: u8 = 129;
+    const ETHERTYPE: u16 = parse::ethernet::IPV6;
+    const INSIDE: u8 = 41;
+    const UDP_NEEDS_CHECKSUM: bool = true;
 
     #[inline(always)]
     fn flows() -> &'static Flows<[u32; 4]> {
@@ -334,6 +410,54 @@ impl Family for V6 {
         header.write(offset_of!(Ipv6Hdr, hop_limit), hops);
         header.write_address(offset_of!(Ipv6Hdr, src_addr), src);
         header.write_address(offset_of!(Ipv6Hdr, dst_addr), dst);
+    }
+
+    #[inline(always)]
+    fn class(header: Cursor) -> u8 {
+        (u16::from_be(header.read(0)) >> 4) as u8
+    }
+
+    #[inline(always)]
+    fn packet_len(header: Cursor) -> u32 {
+        let payload: u16 = header.read(offset_of!(Ipv6Hdr, payload_len));
+        u32::from(u16::from_be(payload)) + Ipv6Hdr::LEN as u32
+    }
+
+    #[inline(always)]
+    fn age(header: Cursor) {
+        let hops = Self::hops(header) - 1;
+        header.write(offset_of!(Ipv6Hdr, hop_limit), hops);
+    }
+
+    #[inline(always)]
+    fn header_sum(header: Cursor) -> u64 {
+        let mut sum = 0;
+        for word in 0..Ipv6Hdr::LEN / 4 {
+            sum += csum::word(header.read(4 * word));
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn encapsulate(ctx: *mut xdp_md, backend: u32, hash: u32, gue: u32) -> u32 {
+        encap::encapsulate6(ctx, backend, hash, gue)
+    }
+
+    #[inline(always)]
+    fn encap_source(settings: &Settings, backend: &Backend, hash: u32) -> [u32; 4] {
+        encap::source6(settings, backend, hash)
+    }
+
+    #[inline(always)]
+    fn write_outer(
+        header: Cursor,
+        src: [u32; 4],
+        dst: [u32; 4],
+        protocol: u8,
+        class: u8,
+        payload_len: u32,
+    ) {
+        encap::write_outer6(header, src, dst, protocol, class, payload_len);
     }
 
     #[inline(always)]

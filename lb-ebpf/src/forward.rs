@@ -11,10 +11,10 @@ pub fn send<F: Family>(
     outgoing: &Outgoing<F::Addr>,
 ) -> Result<Verdict, Verdict> {
     let bytes = u64::from(packet.packet_len);
-    if outgoing.direction == u32::from(DIRECTION_BACKEND) {
-        stats::count_out(outgoing.service, outgoing.backend, bytes);
+    if outgoing.flow.direction == DIRECTION_BACKEND {
+        stats::count_out(outgoing.flow.service, outgoing.flow.backend, bytes);
     } else {
-        stats::count_in(outgoing.service, outgoing.backend, bytes);
+        stats::count_in(outgoing.flow.service, outgoing.flow.backend, bytes);
     }
     if outgoing.ifindex == frame.ingress() {
         Ok(Verdict::TRANSMIT)

@@ -104,10 +104,13 @@ impl Cursor {
 
     /// Writes three words at `offset`.
     #[inline(always)]
-    pub fn write_words(self, offset: usize, words: [u32; 3]) {
-        self.write(offset, words[0]);
-        self.write(offset + 4, words[1]);
-        self.write(offset + 8, words[2]);
+    pub fn write_words(self, offset: usize, words: &[u32; 3]) {
+        let first = words.as_ptr();
+        for i in 0..3 {
+            // SAFETY: one of the three words. Volatile, or the compiler would make one call of
+            // the three copies.
+            self.write(offset + 4 * i, unsafe { first.add(i).read_volatile() });
+        }
     }
 
     /// Reads an IP address at `offset`.

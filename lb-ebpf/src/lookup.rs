@@ -2,14 +2,51 @@
 
 use crate::{family::Family, maps};
 use lb_common::{
+    addr::Address,
     filter::{self, LANE_ANY_PORT},
     service::{ANY_PORT, Service, ServiceKey, Vip},
 };
 
-/// The filter's lane for a destination: zero proves that the packet is not ours.
+/// An address out of a map value.
+///
+/// Word by word: copied as a whole from one map value to another, the compiler would call
+/// `memmove`, which the kernel has none of.
 #[inline(always)]
-pub fn lane<F: Family>(dst: F::Addr) -> u8 {
-    let (element, shift) = filter::place(filter::lane_of(dst));
+pub fn address<A: Address>(words: &[u32; 4]) -> A {
+    let first = words.as_ptr();
+    let mut copy = [0; 4];
+    for (i, word) in copy.iter_mut().enumerate().take(A::WORDS) {
+        // SAFETY: no family has more than the four words there are.
+        *word = unsafe { first.add(i).read_volatile() };
+    }
+    A::narrow(&copy)
+}
+
+/// As [`address`], of an address that is stored as one.
+#[inline(always)]
+pub fn load<A: Address>(address: &A) -> A {
+    let first = core::ptr::from_ref(address).cast::<u32>();
+    let mut copy = [0; 4];
+    for (i, word) in copy.iter_mut().enumerate().take(A::WORDS) {
+        // SAFETY: an address consists of that many words.
+        *word = unsafe { first.add(i).read_volatile() };
+    }
+    A::narrow(&copy)
+}
+
+/// What the filter knows of a packet's addresses: zero proves that the packet is not ours.
+#[inline(always)]
+pub fn lane<F: Family>(src: F::Addr, dst: F::Addr) -> u8 {
+    match lane_of::<F>(dst) & !filter::LANE_BACKEND {
+        // For no address of ours, but perhaps from a backend that answers a client.
+        0 => lane_of::<F>(src) & filter::LANE_BACKEND,
+        lane => lane,
+    }
+}
+
+#[inline(always)]
+fn lane_of<F: Family>(address: F::Addr) -> u8 {
+    let (element, shift) = filter::place(filter::lane_of(address));
     maps::ADDRESS_FILTER
         .get(element)
         .map_or(0, |lanes| (*lanes >> shift) as u8)

@@ -65,13 +65,13 @@ fn pipeline(frame: &Frame) -> Result<Verdict, Verdict> {
 #[inline(always)]
 fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verdict> {
     let network = parse::network::<F>(frame, link)?;
-    let lane = lookup::lane::<F>(network.dst);
+    let lane = lookup::lane::<F>(network.src, network.dst);
     if lane == 0 {
         return F::not_for_us(frame, link, &network);
     }
     let packet = parse::transport::<F>(frame, link, network)?;
     let outgoing = flow::follow(frame, link, &packet, lane)?;
-    rewrite::nat(frame, link, &packet, &outgoing)?;
+    rewrite::rewrite(frame, link, &packet, &outgoing)?;
     forward::send(frame, &packet, &outgoing)
 }
 

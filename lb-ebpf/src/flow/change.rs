@@ -7,7 +7,7 @@ use lb_common::{
     abi::ticks_since,
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
     flow::{Flow, FlowKey, next_state, state},
-    service::on_backend_down,
+    service::{forward, on_backend_down},
     stats::DropReason,
 };
 
@@ -92,14 +92,15 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
         flags.any(TcpFlags::FIN),
         flags.any(TcpFlags::RST),
         from_backend,
+        forward::translates(flow.forward),
     );
     if before == after {
         return;
     }
-    // State, direction and a zero share one word. Whoever changes it counts, so two CPUs that see
-    // the same change count it once.
-    let direction = flow.direction;
-    let word = |state: u8| u32::from_ne_bytes([state, direction, 0, 0]);
+    // State, direction, mode and a zero share one word. Whoever changes it counts, so two CPUs that
+    // see the same change count it once.
+    let (direction, mode) = (flow.direction, flow.forward);
+    let word = |state: u8| u32::from_ne_bytes([state, direction, mode, 0]);
     let backend = flow.backend;
     // SAFETY: four bytes of a map value, aligned as asserted.
     if !unsafe { atomic::replace((&raw mut flow.state).cast(), word(before), word(after)) } {

@@ -21,27 +21,22 @@ use lb_common::{
     abi::{self, ticks_since},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
     filter::{LANE_NAT_SOURCE, LANE_VIP},
-    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
+    flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    service::forward,
     stats::DropReason,
 };
 use network_types::eth::EthHdr;
 
-/// Where a packet goes and what it becomes.
-#[repr(C, align(8))]
+/// Where a packet goes and what it becomes. Everything stays in the maps it was found in: a copy
+/// would fill the stack.
 #[derive(Clone, Copy)]
-pub struct Outgoing<A> {
-    pub src: A,
-    pub dst: A,
-    pub sport: u16,
-    pub dport: u16,
-    pub l3_delta: u16,
-    pub l4_delta: u16,
+pub struct Outgoing<A: 'static> {
+    /// The flow, with what to rewrite the packet to.
+    pub flow: &'static Flow<A>,
     /// Ethernet destination and source.
-    pub l2: [u32; 3],
+    pub l2: &'static [u32; 3],
+    /// Interface.
     pub ifindex: u32,
-    pub service: u32,
-    pub backend: u32,
-    pub direction: u32,
 }
 
 /// What a subprogram needs to know of a packet.
@@ -74,7 +69,6 @@ pub struct Work<A> {
     pub reply_key: FlowKey<A>,
     /// The client's entry of a new flow.
     pub client: Flow<A>,
-    pub outgoing: Outgoing<A>,
 }
 
 /// What a subprogram decided, in one register: one of the constants, or the number of a drop
@@ -140,7 +134,7 @@ pub fn follow<F: Family>(
         // read, as with every shared LRU map; the packet then goes where that flow goes.
         let flow = unsafe { &mut *flow };
         let now = now();
-        if !can_travel {
+        if !can_travel && flow.forward != forward::DSR {
             return Err(Verdict::drop(DropReason::TtlExceeded, flow.service));
         }
         if flow.direction == DIRECTION_BACKEND {
@@ -160,7 +154,7 @@ pub fn follow<F: Family>(
 #[inline(always)]
 fn to_client<F: Family>(
     packet: &Packet<F>,
-    flow: &mut Flow<F::Addr>,
+    flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
     touch(flow, now);
@@ -174,17 +168,9 @@ fn to_client<F: Family>(
         F::note_reply();
     }
     Ok(Outgoing {
-        src: flow.src,
-        dst: flow.dst,
-        sport: flow.sport,
-        dport: flow.dport,
-        l3_delta: flow.l3_delta,
-        l4_delta: flow.l4_delta,
-        l2: flow.l2,
+        flow,
+        l2: &flow.l2,
         ifindex: flow.ifindex,
-        service: flow.service,
-        backend: flow.backend,
-        direction: u32::from(DIRECTION_BACKEND),
     })
 }
 
@@ -194,7 +180,7 @@ fn to_client<F: Family>(
 fn to_backend<F: Family>(
     packet: &Packet<F>,
     key: &FlowKey<F::Addr>,
-    flow: &mut Flow<F::Addr>,
+    flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Option<Outgoing<F::Addr>>, Verdict> {
     let Some(backend) = maps::BACKENDS.get(flow.backend) else {
@@ -219,17 +205,9 @@ fn to_backend<F: Family>(
     }
     touch(flow, now);
     Ok(Some(Outgoing {
-        src: flow.src,
-        dst: flow.dst,
-        sport: flow.sport,
-        dport: flow.dport,
-        l3_delta: flow.l3_delta,
-        l4_delta: flow.l4_delta,
-        l2: backend.l2,
+        flow,
+        l2: &backend.l2,
         ifindex: backend.ifindex,
-        service: flow.service,
-        backend: flow.backend,
-        direction: u32::from(DIRECTION_CLIENT),
     }))
 }
 
@@ -257,7 +235,14 @@ fn begin<F: Family>(
             decision => return Err(ended(decision)),
         }
     }
-    Ok(work.outgoing)
+    let Some(backend) = maps::BACKENDS.get(work.client.backend) else {
+        return Err(Verdict::drop(DropReason::NoBackend, work.client.service));
+    };
+    Ok(Outgoing {
+        flow: &work.client,
+        l2: &backend.l2,
+        ifindex: backend.ifindex,
+    })
 }
 
 /// Ethernet destination and source towards the packet's sender: twelve bytes as they will stand

@@ -4,7 +4,7 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS, Outgoing,
+    Decision, FOLLOW, NOT_OURS,
     change::{ACTIVE, INACTIVE, count_load},
     dropped, refused,
 };
@@ -21,7 +21,7 @@ use lb_common::{
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
     hash,
-    service::{Service, on_no_backend},
+    service::{Service, forward, on_no_backend},
     stats::DropReason,
 };
 
@@ -47,26 +47,29 @@ pub fn choose<F: Family>() -> Decision {
     if backend.flags & BACKEND_RESOLVED == 0 {
         return dropped(DropReason::NoNeighbour, number);
     }
-    if arrival.can_travel == 0 {
+    if arrival.can_travel == 0 && service.forward != forward::DSR {
         return dropped(DropReason::TtlExceeded, number);
     }
     work.service = number;
     work.backend = backend_number;
-    let (source, target) = (
-        F::Addr::narrow(&backend.source),
-        F::Addr::narrow(&backend.addr),
-    );
+    // What the packet is rewritten to, reversed: what a reply will look like. Where nothing is
+    // rewritten that is the client's own tuple.
     work.reply_key = FlowKey {
-        src: target,
-        dst: source,
-        sport: if backend.port == 0 {
-            key.dport
-        } else {
-            backend.port
-        },
-        dport: 0,
+        src: key.dst,
+        dst: key.src,
+        sport: key.dport,
+        dport: key.sport,
         protocol: key.protocol,
     };
+    if forward::translates(service.forward) {
+        work.reply_key.src = lookup::address(&backend.addr);
+        if backend.port != 0 {
+            work.reply_key.sport = backend.port;
+        }
+        if service.forward == forward::NAT {
+            work.reply_key.dst = lookup::address(&backend.source);
+        }
+    }
     work.reply = Flow {
         src: key.dst,
         dst: key.src,
@@ -83,6 +86,7 @@ pub fn choose<F: Family>() -> Decision {
         l4_delta: 0,
         state: if udp { state::UDP } else { state::SYN_SENT },
         direction: DIRECTION_BACKEND,
+        forward: service.forward,
         reserved: 0,
     };
     FOLLOW
@@ -92,12 +96,16 @@ pub fn choose<F: Family>() -> Decision {
 const PORT_TRIES: u32 = 64;
 
 /// Records the backend's entry of a new flow, under a source port that no other flow to this
-/// backend has.
+/// backend has. In `dnat` that is the client's own port, unless the client has a flow from it to
+/// the same backend through another VIP.
 #[inline(always)]
 pub fn record_reply<F: Family>() -> Decision {
     let (Some(work), Some(settings)) = (F::work(), maps::SETTINGS.get(0)) else {
         return NOT_OURS;
     };
+    if !forward::translates(work.reply.forward) {
+        return FOLLOW;
+    }
     let (client, key) = (&work.arrival.key, &work.reply_key);
     let addresses = address_delta(key.dst, client.src) + address_delta(key.src, client.dst);
     // All but the port that is yet to be found.
@@ -125,8 +133,14 @@ pub fn record_reply<F: Family>() -> Decision {
     } else {
         1
     };
+    let mut own = work.reply.forward == forward::DNAT;
     for _ in 0..PORT_TRIES {
-        let port = (first.wrapping_add(offset) as u16).to_be();
+        let port = if own {
+            client.sport
+        } else {
+            (first.wrapping_add(offset) as u16).to_be()
+        };
+        own = false;
         work.reply_key.dport = port;
         if F::flows().get_ptr(&work.reply_key).is_none() {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
@@ -152,9 +166,6 @@ pub fn record_client<F: Family>() -> Decision {
         return NOT_OURS;
     };
     let (number, backend_number) = (work.service, work.backend);
-    let Some(backend) = maps::BACKENDS.get(backend_number) else {
-        return dropped(DropReason::NoBackend, number);
-    };
     let udp = work.reply.state == state::UDP;
     work.client = work.reply;
     work.client.src = work.reply_key.dst;
@@ -170,24 +181,13 @@ pub fn record_client<F: Family>() -> Decision {
     {
         // Full, or another CPU was faster with a packet of the same flow; the sender repeats this
         // one.
-        let _ = F::flows().remove(&work.reply_key);
+        if forward::translates(work.client.forward) {
+            let _ = F::flows().remove(&work.reply_key);
+        }
         return dropped(DropReason::TableFull, number);
     }
     count_load(backend_number, if udp { ACTIVE } else { INACTIVE }, 1);
     stats::count_connection(number, backend_number);
-    work.outgoing = Outgoing {
-        src: work.client.src,
-        dst: work.client.dst,
-        sport: work.client.sport,
-        dport: work.client.dport,
-        l3_delta: work.client.l3_delta,
-        l4_delta: work.client.l4_delta,
-        l2: backend.l2,
-        ifindex: backend.ifindex,
-        service: number,
-        backend: backend_number,
-        direction: u32::from(DIRECTION_CLIENT),
-    };
     FOLLOW
 }
 

@@ -1,12 +1,95 @@
-//! Rewrite: the packet becomes what the next hop shall see. One module for each forward mode.
+//! Rewrite: the packet becomes what the next hop shall see. One module for each way to do that.
 
+pub mod encap;
+mod l2;
 mod nat;
 
-pub use nat::nat;
-
-use crate::parse::Link;
+use crate::{
+    checksum,
+    family::Family,
+    flow::Outgoing,
+    frame::Frame,
+    parse::{Link, Packet, protocol},
+    verdict::Verdict,
+};
 use core::mem::offset_of;
-use network_types::eth::EthHdr;
+use lb_common::{csum, service::forward, stats::DropReason};
+use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
+
+/// Rewrites the packet as the flow's forward mode says.
+#[inline(always)]
+pub fn rewrite<F: Family>(
+    frame: &Frame,
+    link: &Link,
+    packet: &Packet<F>,
+    outgoing: &Outgoing<F::Addr>,
+) -> Result<(), Verdict> {
+    match outgoing.flow.forward {
+        forward::NAT | forward::DNAT => nat::nat(frame, link, packet, outgoing),
+        forward::DSR => l2::l2(frame, link, packet, outgoing),
+        mode => encap::encap(frame, packet, outgoing, mode == forward::GUE),
+    }
+}
+
+/// Writes the transport checksum after `delta` has been added to its words; one that the sender
+/// left to its hardware is completed first.
+#[inline(always)]
+fn update_checksum<F: Family>(
+    frame: &Frame,
+    packet: &Packet<F>,
+    service: u32,
+    delta: Option<u16>,
+) -> Result<(), Verdict> {
+    if packet.protocol == protocol::UDP {
+        let offset = offset_of!(UdpHdr, check);
+        let check: u16 = packet.transport.read(offset);
+        // Zero: the sender chose to send none (RFC 768).
+        if check != 0
+            && let Some(check) = new_checksum(frame, packet, check, service, delta)?
+        {
+            packet.transport.write(offset, csum::udp(check));
+        }
+    } else {
+        let offset = offset_of!(TcpHdr, check);
+        let check: u16 = packet.transport.read(offset);
+        if let Some(check) = new_checksum(frame, packet, check, service, delta)? {
+            packet.transport.write(offset, check);
+        }
+    }
+    Ok(())
+}
+
+/// The checksum that `check` becomes, if it changes.
+#[inline(always)]
+fn new_checksum<F: Family>(
+    frame: &Frame,
+    packet: &Packet<F>,
+    check: u16,
+    service: u32,
+    delta: Option<u16>,
+) -> Result<Option<u16>, Verdict> {
+    let pseudo = checksum::pseudo_header(
+        packet.network.src,
+        packet.network.dst,
+        packet.protocol,
+        packet.transport_len,
+    );
+    let mut check = check;
+    if check == pseudo {
+        check = checksum::complete(
+            frame.ctx,
+            frame.offset(packet.transport) as u32,
+            packet.transport_len,
+        )
+        .ok_or(Verdict::drop(DropReason::AdjustFailed, service))?;
+    } else if delta.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(match delta {
+        Some(delta) => csum::update(check, delta),
+        None => check,
+    }))
+}
 
 /// Sends an answer back the way the packet came.
 #[inline(always)]
