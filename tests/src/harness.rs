@@ -595,7 +595,7 @@ impl Balancer {
             family,
             flags: flag(b.resolved, backend::BACKEND_RESOLVED)
                 | flag(b.alive, backend::BACKEND_ALIVE),
-            reserved: 0,
+            mtu: 0,
         };
         let element = self.backend_number(number, index);
         self.set("backends", element, record);

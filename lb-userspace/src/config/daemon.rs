@@ -5,7 +5,10 @@ use super::{
     read::{Entry, Section, quote},
     value,
 };
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
 
 /// Longest path of a unix socket: `sun_path` of `sockaddr_un` without its closing zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -34,6 +37,8 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         "http",
         "answer_arp",
         "nat_ports",
+        "encap_source",
+        "gue_port",
     ])?;
     let interfaces = interfaces(&section)?;
     let mode = match section.get("mode") {
@@ -60,6 +65,14 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
             value::range(text, 1, u16::MAX).map_err(|message| entry.bad(text, message))
         })
         .transpose()?;
+    let encap_source = match section.get("encap_source") {
+        None => (None, None),
+        Some(entry) => encap_source(&section, &entry)?,
+    };
+    let gue_port = match section.get("gue_port") {
+        None => Daemon::GUE_PORT,
+        Some(entry) => entry.integer(1, u32::from(u16::MAX))? as u16,
+    };
     Ok(Daemon {
         interfaces,
         mode,
@@ -68,7 +81,56 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         http,
         answer_arp,
         nat_ports,
+        encap_source,
+        gue_port,
     })
+}
+
+/// Networks of [`Daemon::encap_source`], at most one of each family.
+#[expect(clippy::type_complexity, reason = "the field's own type")]
+fn encap_source(
+    section: &Section<'_>,
+    entry: &Entry<'_, '_>,
+) -> Result<(Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>), Error> {
+    let mut found = (None, None);
+    for text in entry.texts("10.99.0.0/16")? {
+        let quoted = quote(text.value);
+        let refuse = |why: &str| {
+            let message = format!(
+                "encap_source {quoted} {why}; write one network of each family, such as \
+                 [\"10.99.0.0/16\", \"2001:db8:99::/96\"]"
+            );
+            section.error(text.offset, message)
+        };
+        let (address, bits) = text
+            .value
+            .split_once('/')
+            .ok_or_else(|| refuse("is not a network"))?;
+        let bits: u8 = bits.parse().map_err(|_| refuse("is not a network"))?;
+        match address.parse() {
+            Ok(IpAddr::V4(address)) if (8..=31).contains(&bits) => {
+                let host = u32::MAX >> bits;
+                if address.to_bits() & host != 0 {
+                    return Err(refuse("has bits set behind its prefix"));
+                }
+                if found.0.replace((address, bits)).is_some() {
+                    return Err(refuse("is a second IPv4 network"));
+                }
+            }
+            Ok(IpAddr::V6(address)) if (32..=127).contains(&bits) => {
+                let host = u128::MAX >> bits;
+                if address.to_bits() & host != 0 {
+                    return Err(refuse("has bits set behind its prefix"));
+                }
+                if found.1.replace((address, bits)).is_some() {
+                    return Err(refuse("is a second IPv6 network"));
+                }
+            }
+            Ok(_) => return Err(refuse("has a prefix that leaves too few or too many bits")),
+            Err(_) => return Err(refuse("is not a network")),
+        }
+    }
+    Ok(found)
 }
 
 fn interfaces(section: &Section<'_>) -> Result<Vec<String>, Error> {
@@ -183,6 +245,8 @@ impl Daemon {
     pub const PIN_PATH: &str = "/sys/fs/bpf/sluice";
     /// Default of `socket`.
     pub const SOCKET: &str = "/run/sluice/control.sock";
+    /// Default of `gue_port`, the one of Linux' `fou` and of Katran.
+    pub const GUE_PORT: u16 = 6080;
 }
 
 impl Limits {

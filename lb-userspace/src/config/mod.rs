@@ -21,7 +21,7 @@ use read::{Section, Source};
 use std::{
     fs::File,
     io::Read,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -59,6 +59,11 @@ pub struct Daemon {
     /// First and last source port of `nat`, inclusive; `None`: the larger range outside the host's
     /// ephemeral ports.
     pub nat_ports: Option<(u16, u16)>,
+    /// IPv4 and IPv6 networks that the outer packets of `ipip` and `gue` come from, with a hash of
+    /// the flow in the host part; `None`: the balancer's own address.
+    pub encap_source: (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>),
+    /// UDP port that `gue` sends to.
+    pub gue_port: u16,
 }
 
 /// How the XDP program is attached to an interface.

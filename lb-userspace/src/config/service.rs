@@ -274,7 +274,7 @@ impl Options {
                 .transpose()
         };
         let options = Self {
-            forward: word("forward", FORWARD, &["dnat", "dsr", "ipip", "gue"])?,
+            forward: word("forward", FORWARD, &[])?,
             scheduler: word("scheduler", SCHEDULER, &["least-connections", "random"])?,
             on_backend_down: word("on_backend_down", ON_BACKEND_DOWN, &["reschedule"])?,
             on_no_backend: word("on_no_backend", ON_NO_BACKEND, &[])?,

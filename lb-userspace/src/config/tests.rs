@@ -37,6 +37,8 @@ fn the_minimal_example_has_the_documented_defaults() {
             http: None,
             answer_arp: true,
             nat_ports: None,
+            encap_source: (None, None),
+            gue_port: 6080,
         },
         limits: Limits {
             flows: 1_048_576,

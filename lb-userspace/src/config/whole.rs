@@ -1,6 +1,10 @@
 //! What only the whole file tells: duplicates, and whether everything has room.
 
 use crate::scheduler;
+use lb_common::{
+    names::{FORWARD, name_of},
+    service::forward,
+};
 
 use super::{Error, Limits, Service, read::Section, service::Placed};
 use std::{
@@ -73,14 +77,22 @@ fn backends(
             refuse(root, service, offset, &message)
         };
         let ip = backend.address.ip();
-        if ip.is_ipv4() != service.vip().is_ipv4() {
+        let mode = name_of(FORWARD, service.forward);
+        if !forward::encapsulates(service.forward) && ip.is_ipv4() != service.vip().is_ipv4() {
             let (family, other) = if ip.is_ipv4() {
                 ("IPv4", "IPv6")
             } else {
                 ("IPv6", "IPv4")
             };
             return Err(refuse(&format!(
-                "its address {ip} is {family} but the VIP is {other}; forward \"nat\" needs the same family, use an {other} address"
+                "its address {ip} is {family} but the VIP is {other}; forward \"{mode}\" needs the same family, use an {other} address"
+            )));
+        }
+        let port = backend.address.port();
+        if !forward::translates(service.forward) && port != service.listen.port() {
+            return Err(refuse(&format!(
+                "its port {port} is not the VIP's {}, and forward \"{mode}\" leaves ports as they are; use the same port, or forward \"nat\"",
+                service.listen.port()
             )));
         }
         if let Some(other) = vips.get(&ip) {

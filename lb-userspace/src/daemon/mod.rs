@@ -20,7 +20,10 @@ use crate::{
     reconcile::{self, Hop, Reconciler, apply},
 };
 use anyhow::{Context as _, Result};
-use lb_common::{service::Interface, stats::DropReason};
+use lb_common::{
+    service::{Interface, forward},
+    stats::DropReason,
+};
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
@@ -169,7 +172,20 @@ impl Daemon {
                 }
             }
         }
-        let changes = self.model.set_path(address, way, Instant::now());
+        // Only `dsr` needs the backend itself to be the next hop.
+        let direct = match self.resolutions.get(&address) {
+            Some(Resolution::Resolved(hop)) => hop.direct,
+            _ => true,
+        };
+        let except = |service: &config::Service| {
+            (!direct && service.forward == forward::DSR).then(|| {
+                Way::Blocked(format!(
+                    "{address} is behind a gateway, and forward \"dsr\" reaches only hosts on the \
+                     balancer's own segment; use ipip, gue or nat"
+                ))
+            })
+        };
+        let changes = self.model.set_path(address, way, except, Instant::now());
         for change in changes {
             self.note(Some(change));
         }
@@ -358,9 +374,10 @@ impl Daemon {
         maps.settings.store(
             0,
             lb_common::abi::Settings {
-                nat_port_first: settings.nat_port_first,
-                nat_port_last: settings.nat_port_last,
-                ..seed
+                magic: seed.magic,
+                abi_version: seed.abi_version,
+                nat_port_seed: seed.nat_port_seed,
+                ..settings
             },
         );
         for name in &before.daemon.interfaces {
@@ -628,6 +645,7 @@ impl From<&NextHop> for Hop {
             source: hop.source,
             ifindex: hop.ifindex,
             address: hop.address,
+            mtu: hop.mtu,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_common::{
     abi::Settings,
-    addr::to_ip,
+    addr::{from_ipv4, from_ipv6, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
 };
 use std::{
@@ -195,6 +195,7 @@ fn inherit(daemon: &mut Daemon) {
                 source: [s0, s1, s2, s3, s4, s5],
                 ifindex: record.ifindex,
                 address: to_ip(record.family, &record.source),
+                mtu: record.mtu,
             };
             daemon.hops.insert(address.ip(), hop);
         }
@@ -247,7 +248,16 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
             )
         })?,
     };
+    let (encap4, encap6) = daemon.encap_source;
+    let host4 = |bits: u8| (u32::MAX >> bits).to_be();
+    // The hash is one word: at most the last of the address.
+    let host6 = |bits: u8| (u32::MAX >> bits.saturating_sub(96)).to_be();
     Ok(Settings {
+        encap_source4: encap4.map_or(0, |(address, _)| from_ipv4(address)),
+        encap_mask4: encap4.map_or(0, |(_, bits)| host4(bits)),
+        encap_source6: encap6.map_or([0; 4], |(address, _)| from_ipv6(address)),
+        encap_mask6: encap6.map_or(0, |(_, bits)| host6(bits)),
+        gue_port: daemon.gue_port.to_be(),
         nat_port_first: first,
         nat_port_last: last,
         nat_port_seed: RandomState::new().hash_one(std::process::id()) as u32,

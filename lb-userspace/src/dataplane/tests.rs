@@ -58,6 +58,8 @@ impl Pins {
             http: None::<SocketAddr>,
             answer_arp: true,
             nat_ports: None,
+            encap_source: (None, None),
+            gue_port: 6080,
         }
     }
 

@@ -246,8 +246,15 @@ impl Model {
         self.change(key, |backend| backend.inherit(inherited, now))
     }
 
-    /// The way to `address` became known or changed.
-    pub fn set_path(&mut self, address: IpAddr, path: Path, now: Instant) -> Vec<Change> {
+    /// The way to `address` became known or changed; `except` tells services for which it is
+    /// another.
+    pub fn set_path(
+        &mut self,
+        address: IpAddr,
+        path: Path,
+        except: impl Fn(&config::Service) -> Option<Path>,
+        now: Instant,
+    ) -> Vec<Change> {
         let Some(places) = self.sharing.get(&address) else {
             return Vec::new();
         };
@@ -256,7 +263,7 @@ impl Model {
             let service = &mut self.services[service];
             let key = service.key();
             changes.extend(change(key, &mut service.backends[backend], |backend| {
-                backend.set_path(path.clone(), now);
+                backend.set_path(except(&service.config).unwrap_or_else(|| path.clone()), now);
             }));
         }
         self.paths.insert(address, path);

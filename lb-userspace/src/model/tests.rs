@@ -66,7 +66,7 @@ fn model(now: Instant) -> Model {
     let mut model = Model::new();
     model.configure(&config(TEXT).services, now);
     for address in model.addresses() {
-        model.set_path(address, Path::Open, now);
+        model.set_path(address, Path::Open, |_| None, now);
     }
     model
 }
@@ -132,7 +132,7 @@ fn without_a_check_the_way_alone_decides() {
     assert_eq!(stands(&model, plain()), (State::Starting, 0, true, pending));
 
     let ip = plain().address.ip();
-    let changes = model.set_path(ip, Path::Open, now);
+    let changes = model.set_path(ip, Path::Open, |_| None, now);
     // The checked backend at the same address is still starting, so only one changed.
     assert_eq!(changes.len(), 1);
     assert_eq!(
@@ -144,17 +144,17 @@ fn without_a_check_the_way_alone_decides() {
 
     model.check_result(a(), result(true), now);
     let blocked = Path::Blocked("no neighbour 10.0.0.11 on eth0".into());
-    assert_eq!(model.set_path(ip, blocked, now).len(), 2);
+    assert_eq!(model.set_path(ip, blocked, |_| None, now).len(), 2);
     let reason = "no neighbour 10.0.0.11 on eth0".to_owned();
     assert_eq!(
         stands(&model, plain()),
         (State::Down, 0, false, reason.clone())
     );
     assert_eq!(stands(&model, a()), (State::Down, 0, false, reason));
-    assert_eq!(model.set_path(ip, Path::Open, now).len(), 2);
+    assert_eq!(model.set_path(ip, Path::Open, |_| None, now).len(), 2);
     assert_eq!(stands(&model, a()).0, State::Up);
     assert_eq!(
-        model.set_path("203.0.113.9".parse().unwrap(), Path::Open, now),
+        model.set_path("203.0.113.9".parse().unwrap(), Path::Open, |_| None, now),
         []
     );
 }
@@ -325,7 +325,7 @@ proptest! {
         let now = Instant::now();
         let mut model = Model::new();
         model.configure(&config(&text).services, now);
-        model.set_path(a().address.ip(), Path::Open, now);
+        model.set_path(a().address.ip(), Path::Open, |_| None, now);
         for (done, &good) in results.iter().enumerate() {
             prop_assert_eq!(stands(&model, a()).0, by_runs(&results[..done], rise, fall));
             model.check_result(a(), result(good), now);
@@ -359,7 +359,7 @@ proptest! {
                 }
                 Event::Path(new) => {
                     path = new.clone();
-                    let changes = model.set_path(a().address.ip(), new, now);
+                    let changes = model.set_path(a().address.ip(), new, |_| None, now);
                     changes.into_iter().find(|change| change.backend == a())
                 }
             };

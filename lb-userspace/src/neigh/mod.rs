@@ -36,6 +36,8 @@ pub struct NextHop {
     pub address: IpAddr,
     /// Largest IP packet that fits: the smaller of the interface's MTU and the route's.
     pub mtu: u32,
+    /// Whether the next hop is the target itself, not a gateway.
+    pub direct: bool,
 }
 
 /// What is known about the way to a target.

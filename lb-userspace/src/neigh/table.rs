@@ -136,6 +136,7 @@ impl Table {
                     source: mac,
                     address,
                     mtu: way.mtu.map_or(link.mtu, |mtu| mtu.min(link.mtu)),
+                    direct: way.hop.address == target,
                 }))
             }
             Some(Reachability::Failed) => unresolved(silent(target, way.hop.address, &link.name)),

@@ -163,6 +163,7 @@ fn a_neighbour_is_found_in_both_families() {
             source: b0.mac.unwrap(),
             address: address(source),
             mtu: 1400,
+            direct: true,
         };
         assert_eq!(watch.resolved(target), expected);
     }

@@ -47,7 +47,11 @@ impl Filter {
         let mut value = 0;
         for lane in element * 8..element * 8 + 8 {
             let (_, shift) = filter::place(lane);
-            for bit in [filter::LANE_VIP, filter::LANE_NAT_SOURCE] {
+            for bit in [
+                filter::LANE_VIP,
+                filter::LANE_NAT_SOURCE,
+                filter::LANE_BACKEND,
+            ] {
                 if self.wanted.contains_key(&(lane, bit)) {
                     value |= u64::from(bit) << shift;
                 }

@@ -12,8 +12,8 @@ use anyhow::{Result, anyhow};
 use lb_common::{
     addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, Slot},
-    filter::{LANE_NAT_SOURCE, LANE_VIP},
-    service::{Service as ServiceRecord, VIP_ANSWER_ARP},
+    filter::{LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP},
+    service::{Service as ServiceRecord, VIP_ANSWER_ARP, forward},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -69,6 +69,8 @@ pub struct Hop {
     pub ifindex: u32,
     /// The balancer's address towards it.
     pub address: IpAddr,
+    /// Bytes of the largest IP packet on the way there.
+    pub mtu: u32,
 }
 
 /// One step of a plan.
@@ -169,8 +171,8 @@ struct Held {
 struct HeldBackend {
     number: u32,
     record: BackendRecord,
-    /// Addresses its flows may have been sent from.
-    sources: HashSet<IpAddr>,
+    /// Bits of the filter that its flows may need.
+    lanes: HashSet<(IpAddr, u8)>,
     /// No longer configured; stays until its flows are gone.
     retiring: bool,
 }
@@ -272,17 +274,17 @@ impl Reconciler {
                 to_ip(record.family, &record.addr),
                 u16::from_be(record.port),
             );
-            let mut sources = HashSet::new();
-            if !source.is_unspecified() {
-                self.filter.add(source, LANE_NAT_SOURCE);
-                sources.insert(source);
+            let mut lanes = HashSet::new();
+            if let Some(lane) = lane_of(held.record.forward, address, source) {
+                self.filter.add(lane.0, lane.1);
+                lanes.insert(lane);
             }
             held.backends.insert(
                 address,
                 HeldBackend {
                     number,
                     record,
-                    sources,
+                    lanes,
                     retiring: false,
                 },
             );
@@ -512,7 +514,7 @@ impl Reconciler {
                         generation,
                         ..bytemuck::Zeroable::zeroed()
                     },
-                    sources: HashSet::new(),
+                    lanes: HashSet::new(),
                     retiring: false,
                 },
             );
@@ -533,8 +535,10 @@ impl Reconciler {
                 &backend.record,
             );
             let source = to_ip(record.family, &record.source);
-            if !source.is_unspecified() && backend.sources.insert(source) {
-                ops.extend(lanes(self.filter.add(source, LANE_NAT_SOURCE)));
+            if let Some(lane) = lane_of(wanted.forward, *address, source)
+                && backend.lanes.insert(lane)
+            {
+                ops.extend(lanes(self.filter.add(lane.0, lane.1)));
             }
             if record != backend.record {
                 backend.record = record;
@@ -637,8 +641,8 @@ impl Reconciler {
     fn drop_backend(&mut self, backend: HeldBackend, ops: &mut Vec<Op>) {
         let generation = self.next_generation(backend.number);
         ops.push(clear_backend(backend.number, generation));
-        for source in backend.sources {
-            ops.extend(lanes(self.filter.remove(source, LANE_NAT_SOURCE)));
+        for (address, bit) in backend.lanes {
+            ops.extend(lanes(self.filter.remove(address, bit)));
         }
         self.backend_numbers.give_back(backend.number);
     }
@@ -652,6 +656,15 @@ impl Reconciler {
 
 fn lanes(change: Option<(u32, u64)>) -> Option<Op> {
     change.map(|(element, value)| Op::Lanes { element, value })
+}
+
+/// What the filter must know for replies of a backend to be seen.
+fn lane_of(mode: u8, backend: SocketAddr, source: IpAddr) -> Option<(IpAddr, u8)> {
+    match mode {
+        forward::NAT if !source.is_unspecified() => Some((source, LANE_NAT_SOURCE)),
+        forward::DNAT => Some((backend.ip(), LANE_BACKEND)),
+        _ => None,
+    }
 }
 
 fn clear_backend(number: u32, generation: u32) -> Op {
@@ -691,6 +704,7 @@ fn backend_record(
         record.l2 = bytemuck::cast(l2);
         record.ifindex = hop.ifindex;
         record.source = from_ip(hop.address);
+        record.mtu = hop.mtu;
         record.flags |= BACKEND_RESOLVED;
     }
     record
