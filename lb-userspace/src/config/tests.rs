@@ -146,10 +146,6 @@ fn every_later_feature_is_refused_by_name() {
             "deny is not supported yet; remove it",
         ),
         (
-            "forward = \"dsr\"",
-            "forward \"dsr\" is not supported yet; use nat",
-        ),
-        (
             "scheduler = \"random\"",
             "scheduler \"random\" is not supported yet; use maglev or round-robin or source-hash",
         ),
