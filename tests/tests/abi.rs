@@ -49,7 +49,13 @@ fn layouts() -> Vec<Layout> {
                 nat_port_first: u16,
                 nat_port_last: u16,
                 nat_port_seed: u32,
-                reserved: [u32; 11],
+                encap_source4: u32,
+                encap_mask4: u32,
+                encap_source6: [u32; 4],
+                encap_mask6: u32,
+                gue_port: u16,
+                reserved0: u16,
+                reserved: [u32; 3],
             }
         ),
         layout!("Vip", Vip { flags: u32 }),
@@ -81,7 +87,7 @@ fn layouts() -> Vec<Layout> {
                 port: u16,
                 family: u8,
                 flags: u8,
-                reserved: u32,
+                mtu: u32,
             }
         ),
         layout!(
@@ -107,12 +113,12 @@ fn layouts() -> Vec<Layout> {
         layout!("Flow_3C_u32_3E_", Flow<u32> {
             src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
             l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, reserved: u16,
+            state: u8, direction: u8, forward: u8, reserved: u8,
         }),
         layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
             src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
             l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, reserved: u16,
+            state: u8, direction: u8, forward: u8, reserved: u8,
         }),
         layout!(
             "Load",

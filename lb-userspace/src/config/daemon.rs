@@ -1,12 +1,12 @@
 //! Sections `[daemon]` and `[limits]`.
 
 use super::{
-    AttachMode, Daemon, Error, Limits,
+    AttachMode, Daemon, EncapSource, Error, Limits,
     read::{Entry, Section, quote},
     value,
 };
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
@@ -66,7 +66,7 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         })
         .transpose()?;
     let encap_source = match section.get("encap_source") {
-        None => (None, None),
+        None => EncapSource::default(),
         Some(entry) => encap_source(&section, &entry)?,
     };
     let gue_port = match section.get("gue_port") {
@@ -87,12 +87,8 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
 }
 
 /// Networks of [`Daemon::encap_source`], at most one of each family.
-#[expect(clippy::type_complexity, reason = "the field's own type")]
-fn encap_source(
-    section: &Section<'_>,
-    entry: &Entry<'_, '_>,
-) -> Result<(Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>), Error> {
-    let mut found = (None, None);
+fn encap_source(section: &Section<'_>, entry: &Entry<'_, '_>) -> Result<EncapSource, Error> {
+    let mut found = EncapSource::default();
     for text in entry.texts("10.99.0.0/16")? {
         let quoted = quote(text.value);
         let refuse = |why: &str| {
@@ -113,7 +109,7 @@ fn encap_source(
                 if address.to_bits() & host != 0 {
                     return Err(refuse("has bits set behind its prefix"));
                 }
-                if found.0.replace((address, bits)).is_some() {
+                if found.v4.replace((address, bits)).is_some() {
                     return Err(refuse("is a second IPv4 network"));
                 }
             }
@@ -122,7 +118,7 @@ fn encap_source(
                 if address.to_bits() & host != 0 {
                     return Err(refuse("has bits set behind its prefix"));
                 }
-                if found.1.replace((address, bits)).is_some() {
+                if found.v6.replace((address, bits)).is_some() {
                     return Err(refuse("is a second IPv6 network"));
                 }
             }

@@ -59,11 +59,20 @@ pub struct Daemon {
     /// First and last source port of `nat`, inclusive; `None`: the larger range outside the host's
     /// ephemeral ports.
     pub nat_ports: Option<(u16, u16)>,
-    /// IPv4 and IPv6 networks that the outer packets of `ipip` and `gue` come from, with a hash of
-    /// the flow in the host part; `None`: the balancer's own address.
-    pub encap_source: (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>),
+    /// Where the outer packets of `ipip` and `gue` come from.
+    pub encap_source: EncapSource,
     /// UDP port that `gue` sends to.
     pub gue_port: u16,
+}
+
+/// Networks that the outer packets of `ipip` and `gue` come from, with a hash of the flow in the host
+/// part. Where there is none they come from the balancer's own address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EncapSource {
+    /// Network and prefix length of outer IPv4 packets.
+    pub v4: Option<(Ipv4Addr, u8)>,
+    /// Network and prefix length of outer IPv6 packets.
+    pub v6: Option<(Ipv6Addr, u8)>,
 }
 
 /// How the XDP program is attached to an interface.

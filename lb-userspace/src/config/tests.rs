@@ -37,7 +37,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             http: None,
             answer_arp: true,
             nat_ports: None,
-            encap_source: (None, None),
+            encap_source: EncapSource::default(),
             gue_port: 6080,
         },
         limits: Limits {

@@ -248,7 +248,7 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
             )
         })?,
     };
-    let (encap4, encap6) = daemon.encap_source;
+    let (encap4, encap6) = (daemon.encap_source.v4, daemon.encap_source.v6);
     let host4 = |bits: u8| (u32::MAX >> bits).to_be();
     // The hash is one word: at most the last of the address.
     let host6 = |bits: u8| (u32::MAX >> bits.saturating_sub(96)).to_be();

@@ -58,7 +58,7 @@ impl Pins {
             http: None::<SocketAddr>,
             answer_arp: true,
             nat_ports: None,
-            encap_source: (None, None),
+            encap_source: crate::config::EncapSource::default(),
             gue_port: 6080,
         }
     }
