@@ -22,7 +22,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Mutex,
+    sync::{Barrier, Mutex},
 };
 
 /// What XDP does with the packet.
@@ -759,29 +759,43 @@ impl Balancer {
     /// If the kernel does not run it.
     pub fn run_uncounted(&mut self, frame: &[u8]) -> (Verdict, Vec<u8>) {
         self.last_counts = None;
-        let program: &mut Xdp = self
-            .ebpf_mut()
-            .program_mut("sluice_xdp")
+        run_program(self.program(), frame)
+    }
+
+    /// Runs lists of frames at the same time, each list on a CPU of its own as far as there are
+    /// any. Returns what became of each frame.
+    ///
+    /// # Panics
+    /// If the kernel does not run one.
+    pub fn run_parallel(&mut self, lists: &[Vec<Vec<u8>>]) -> Vec<Vec<(Verdict, Vec<u8>)>> {
+        self.last_counts = None;
+        let program = self.program();
+        let start = Barrier::new(lists.len());
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = lists
+                .iter()
+                .enumerate()
+                .map(|(n, frames)| {
+                    let start = &start;
+                    scope.spawn(move || {
+                        stay_on_cpu(n);
+                        start.wait();
+                        frames.iter().map(|f| run_program(program, f)).collect()
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().expect("every frame is run"))
+                .collect()
+        })
+    }
+
+    fn program(&self) -> &Xdp {
+        self.ebpf()
+            .program("sluice_xdp")
             .and_then(|p| p.try_into().ok())
-            .expect("sluice_xdp was loaded");
-        let mut out = vec![0; 4096];
-        let result = program
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut out),
-                ..TestRunOptions::default()
-            })
-            .unwrap_or_else(|e| panic!("test run of {} bytes: {}", frame.len(), chain(&e)));
-        out.truncate(result.data_size_out as usize);
-        let verdict = match result.return_value {
-            0 => Verdict::Aborted,
-            1 => Verdict::Drop,
-            2 => Verdict::Pass,
-            3 => Verdict::Tx,
-            4 => Verdict::Redirect,
-            other => panic!("the program returned {other}, which is no XDP code"),
-        };
-        (verdict, out)
+            .expect("sluice_xdp was loaded")
     }
 
     /// Runs the program on a packet.
@@ -966,6 +980,38 @@ impl Balancer {
 
     fn ebpf_mut(&mut self) -> &mut Ebpf {
         self.ebpf.as_mut().expect("taken only by drop")
+    }
+}
+
+fn run_program(program: &Xdp, frame: &[u8]) -> (Verdict, Vec<u8>) {
+    let mut out = vec![0; 4096];
+    let result = program
+        .test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ..TestRunOptions::default()
+        })
+        .unwrap_or_else(|e| panic!("test run of {} bytes: {}", frame.len(), chain(&e)));
+    out.truncate(result.data_size_out as usize);
+    let verdict = match result.return_value {
+        0 => Verdict::Aborted,
+        1 => Verdict::Drop,
+        2 => Verdict::Pass,
+        3 => Verdict::Tx,
+        4 => Verdict::Redirect,
+        other => panic!("the program returned {other}, which is no XDP code"),
+    };
+    (verdict, out)
+}
+
+/// Binds the calling thread to a CPU, where there are so many.
+fn stay_on_cpu(n: usize) {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    // SAFETY: a set of CPUs is plain memory, and the call changes this thread only.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(n % cpus, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
     }
 }
 

@@ -2,8 +2,10 @@
 
 mod checksum;
 mod icmp;
+mod concurrency;
 mod listeners;
 mod malformed;
+mod mutations;
 mod nat;
 mod neighbour;
 mod passthrough;
