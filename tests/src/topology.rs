@@ -6,7 +6,8 @@
 //!  b1…bn ───┘
 //! ```
 //!
-//! Every host is a namespace with one interface `eth0`. Names begin with `slc-<pid>-<n>-`, so any
+//! Every host is a namespace with one interface `eth0`. A two-armed balancer has `eth1` too, and
+//! the backends behind it on a segment of their own. Names begin with `slc-<pid>-<n>-`, so any
 //! number of tests run side by side, and what a killed test left behind is recognised and removed
 //! by the next one. Dropping a [`Topology`] ends its processes and removes everything.
 
@@ -41,7 +42,8 @@ pub struct Topology {
     dir: PathBuf,
     hosts: Vec<String>,
     children: Mutex<Vec<Child>>,
-    _stub: OwnedLink,
+    two_armed: bool,
+    _stubs: Vec<OwnedLink>,
 }
 
 /// How a [`Topology`] is built.
@@ -51,6 +53,8 @@ pub struct Options {
     pub backends: u8,
     /// Whether senders leave checksums to the hardware, as a veth does by default.
     pub tx_offload: bool,
+    /// Whether the backends are behind a second interface of the balancer.
+    pub two_armed: bool,
 }
 
 impl Default for Options {
@@ -58,6 +62,7 @@ impl Default for Options {
         Self {
             backends: 3,
             tx_offload: true,
+            two_armed: false,
         }
     }
 }
@@ -120,31 +125,53 @@ impl Topology {
 
         ip(&["netns", "add", &fabric]);
         quiet_ipv6(&fabric);
-        ip(&[
-            "-n",
-            &fabric,
-            "link",
-            "add",
-            "br0",
-            "type",
-            "bridge",
-            "forward_delay",
-            "0",
-        ]);
-        ip(&["-n", &fabric, "link", "set", "br0", "up"]);
+        for bridge in ["br0", "br1"] {
+            ip(&[
+                "-n",
+                &fabric,
+                "link",
+                "add",
+                bridge,
+                "type",
+                "bridge",
+                "forward_delay",
+                "0",
+            ]);
+            ip(&["-n", &fabric, "link", "set", bridge, "up"]);
+        }
+        let mut ports = vec!["p-lb"];
         for host in &hosts {
-            add_host(&prefix, host, options.tx_offload);
+            let namespace = format!("{prefix}-{host}");
+            ip(&["netns", "add", &namespace]);
+            quiet_ipv6(&namespace);
+            ip(&["-n", &namespace, "link", "set", "lo", "up"]);
+            let behind = options.two_armed && host.starts_with('b');
+            add_interface(&prefix, host, "eth0", u8::from(behind), options.tx_offload);
+        }
+        if options.two_armed {
+            add_interface(&prefix, "lb", "eth1", 1, options.tx_offload);
+            ports.push("p-lb1");
+        }
+        let client = format!("{prefix}-client");
+        for vips in ["203.0.113.0/24", "2001:db8:80::/64"] {
+            ip(&["-n", &client, "route", "add", vips, "dev", "eth0"]);
         }
         // A veth transmits what XDP sends back only if its peer runs a program of its own.
-        let stub = in_namespace(&fabric, || {
-            attach_stub("p-lb").unwrap_or_else(|e| panic!("stub program on p-lb: {e:#}"))
+        let stubs = in_namespace(&fabric, || {
+            ports
+                .iter()
+                .map(|port| {
+                    attach_stub(port).unwrap_or_else(|e| panic!("stub program on {port}: {e:#}"))
+                })
+                .collect()
         });
         Self {
             prefix,
             dir,
             hosts,
             children: Mutex::new(Vec::new()),
-            _stub: stub,
+            two_armed: options.two_armed,
+            _stubs: stubs,
         }
     }
 
@@ -175,19 +202,23 @@ impl Topology {
     /// IPv4 address of a host.
     #[must_use]
     pub fn v4(&self, host: &str) -> Ipv4Addr {
-        address4(host)
+        address4(host, self.segment(host))
     }
 
     /// IPv6 address of a host.
     #[must_use]
     pub fn v6(&self, host: &str) -> Ipv6Addr {
-        address6(host)
+        address6(host, self.segment(host))
+    }
+
+    fn segment(&self, host: &str) -> u8 {
+        u8::from(self.two_armed && host.starts_with('b'))
     }
 
     /// MAC address of a host.
     #[must_use]
     pub fn mac(&self, host: &str) -> Mac {
-        mac(host)
+        mac(host, self.segment(host))
     }
 
     /// A command that will run on a host.
@@ -373,8 +404,13 @@ impl Topology {
     #[must_use]
     pub fn daemon_section(&self) -> String {
         format!(
-            "[daemon]\ninterfaces = [\"eth0\"]\nmode = \"driver\"\npin_path = \"{}\"\nsocket = \"{}\"\n\
+            "[daemon]\ninterfaces = [{}]\nmode = \"driver\"\npin_path = \"{}\"\nsocket = \"{}\"\n\
              [limits]\nflows = 65536\nservices = 64\nbackends = 256\nslots = 1048576\n",
+            if self.two_armed {
+                "\"eth0\", \"eth1\""
+            } else {
+                "\"eth0\""
+            },
             self.pin_path().display(),
             self.socket().display()
         )
@@ -537,58 +573,45 @@ fn host_number(host: &str) -> u8 {
     }
 }
 
-fn address4(host: &str) -> Ipv4Addr {
-    Ipv4Addr::new(198, 18, 0, host_number(host))
+fn address4(host: &str, segment: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, segment, host_number(host))
 }
 
-fn address6(host: &str) -> Ipv6Addr {
-    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(host_number(host)))
+fn address6(host: &str, segment: u8) -> Ipv6Addr {
+    let (segment, host) = (u16::from(segment), u16::from(host_number(host)));
+    Ipv6Addr::new(0x2001, 0xdb8, segment, 0, 0, 0, 0, host)
 }
 
-fn mac(host: &str) -> Mac {
-    [0x02, 0x51, 0x1c, 0xe0, 0, host_number(host)]
+fn mac(host: &str, segment: u8) -> Mac {
+    [0x02, 0x51, 0x1c, 0xe0, segment, host_number(host)]
 }
 
-fn add_host(prefix: &str, host: &str, tx_offload: bool) {
+/// Connects a host to the bridge of a segment.
+fn add_interface(prefix: &str, host: &str, name: &str, segment: u8, tx_offload: bool) {
     let (fabric, namespace) = (format!("{prefix}-fabric"), format!("{prefix}-{host}"));
-    let port = format!("p-{host}");
-    ip(&["netns", "add", &namespace]);
-    quiet_ipv6(&namespace);
-    let mac = mac(host).map(|b| format!("{b:02x}")).join(":");
+    let port = if name == "eth0" {
+        format!("p-{host}")
+    } else {
+        format!("p-{host}1")
+    };
+    let mac = mac(host, segment).map(|b| format!("{b:02x}")).join(":");
     ip(&[
-        "-n", &fabric, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "address",
-        &mac, "netns", &namespace,
+        "-n", &fabric, "link", "add", &port, "type", "veth", "peer", "name", name, "address", &mac,
+        "netns", &namespace,
     ]);
-    ip(&["-n", &fabric, "link", "set", &port, "master", "br0", "up"]);
-    let n = &["-n", &namespace];
-    let with = |args: &[&str]| ip(&[n, args].concat());
-    with(&["link", "set", "lo", "up"]);
+    let bridge = format!("br{segment}");
+    ip(&["-n", &fabric, "link", "set", &port, "master", &bridge, "up"]);
     if !tx_offload {
-        let name = namespace.clone();
-        in_namespace(&name, || {
-            finish(Command::new("ethtool").args(["-K", "eth0", "tx", "off"])).ok();
+        in_namespace(&namespace, || {
+            finish(Command::new("ethtool").args(["-K", name, "tx", "off"])).ok();
         });
     }
-    with(&["link", "set", "eth0", "up"]);
-    with(&[
-        "addr",
-        "add",
-        &format!("{}/24", address4(host)),
-        "dev",
-        "eth0",
-    ]);
-    with(&[
-        "addr",
-        "add",
-        &format!("{}/64", address6(host)),
-        "dev",
-        "eth0",
-        "nodad",
-    ]);
-    if host == "client" {
-        with(&["route", "add", "203.0.113.0/24", "dev", "eth0"]);
-        with(&["route", "add", "2001:db8:80::/64", "dev", "eth0"]);
-    }
+    let with = |args: &[&str]| ip(&[&["-n", &namespace], args].concat());
+    with(&["link", "set", name, "up"]);
+    let v4 = format!("{}/24", address4(host, segment));
+    with(&["addr", "add", &v4, "dev", name]);
+    let v6 = format!("{}/64", address6(host, segment));
+    with(&["addr", "add", &v6, "dev", name, "nodad"]);
 }
 
 /// Duplicate address detection would hold IPv6 back for a second.

@@ -4,6 +4,8 @@
 mod commands;
 mod daemon;
 mod failover;
+mod flows;
+mod nexthops;
 mod support;
 mod timeouts;
 mod traffic;

@@ -16,6 +16,7 @@ fn options(backends: u8, tx_offload: bool) -> Options {
     Options {
         backends,
         tx_offload,
+        ..Options::default()
     }
 }
 
@@ -106,6 +107,47 @@ fn large_bodies_arrive_whole_both_ways() {
                 stored[0].len()
             );
         }
+    }
+}
+
+/// Clients on one interface, backends behind another: packets are redirected between them.
+#[test]
+fn a_balancer_with_two_interfaces_redirects_between_them() {
+    for tx_offload in OFFLOADS {
+        let (topology, _) = web_topology(
+            Options {
+                two_armed: true,
+                ..options(2, tx_offload)
+            },
+            "",
+        );
+        let body = noise(1 << 20);
+        for host in ["b1", "b2"] {
+            fs::write(topology.www(host).join("big"), &body).expect("a file of our own");
+        }
+        for vip in [IpAddr::V4(VIP4), IpAddr::V6(VIP6)] {
+            let mut answers: BTreeMap<String, u32> = BTreeMap::new();
+            for _ in 0..10 {
+                let body = topology.curl("client", &[&url(vip, 80, "/")]).ok();
+                *answers.entry(body).or_default() += 1;
+            }
+            assert_eq!(answers.into_values().collect::<Vec<_>>(), [5, 5]);
+            let got = topology.dir().join("got");
+            let path = got.to_str().expect("UTF-8");
+            topology
+                .curl("client", &["-o", path, &url(vip, 80, "/big")])
+                .ok();
+            assert!(fs::read(&got).expect("curl has written it") == body);
+        }
+        let status = topology.json(&["status"]);
+        assert_eq!(status["interfaces"][1]["name"], "eth1", "{status:#}");
+        // The pools of both families are on the other segment, which the client cannot reach.
+        let direct = topology.v4("b1");
+        topology
+            .curl("client", &["--max-time", "1", &url(direct, 8080, "/")])
+            .code
+            .eq(&0)
+            .then(|| panic!("the client reaches {direct} past the balancer"));
     }
 }
 
