@@ -1,8 +1,8 @@
 //! The real data plane on single packets: a file per behaviour.
 
 mod checksum;
-mod icmp;
 mod concurrency;
+mod icmp;
 mod listeners;
 mod malformed;
 mod mutations;
