@@ -110,7 +110,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         csum::fold(outer),
         hops - 1,
     );
-    link.header.write_words(0, l2);
+    link.header.write_words(0, &l2);
     let bytes = u64::from(located.packet_len);
     if flow.direction == DIRECTION_BACKEND {
         stats::count_out(service, flow.backend, bytes);
