@@ -13,6 +13,7 @@ pub mod abi;
 pub mod addr;
 pub mod backend;
 pub mod csum;
+pub mod decap;
 pub mod filter;
 pub mod flow;
 pub mod hash;

@@ -18,6 +18,7 @@
 mod atomic;
 mod bounds;
 mod checksum;
+mod decap;
 mod family;
 mod flow;
 mod forward;
@@ -33,7 +34,7 @@ mod select;
 mod stats;
 mod verdict;
 
-use aya_ebpf::{macros::xdp, programs::XdpContext};
+use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use family::{Family, V4, V6};
 use frame::Frame;
 use parse::ethernet;
@@ -47,6 +48,13 @@ pub fn sluice_xdp(ctx: XdpContext) -> u32 {
         Ok(verdict) | Err(verdict) => verdict,
     };
     verdict::conclude(&frame, verdict)
+}
+
+/// Decapsulation on a backend, where no balancer runs.
+#[xdp]
+pub fn sluice_decap(ctx: XdpContext) -> u32 {
+    decap::take_off(ctx.ctx);
+    xdp_action::XDP_PASS
 }
 
 /// The way of a packet.

@@ -21,6 +21,7 @@ use std::{
 mod backend;
 mod config;
 mod conn;
+mod decap;
 mod demo;
 mod detach;
 mod generate;
@@ -77,6 +78,7 @@ enum Command {
     Status(status::Args),
     #[command(subcommand)]
     Map(map::Command),
+    Decap(decap::Args),
     Demo(demo::Args),
     #[command(name = crate::demo::SUBCOMMAND, hide = true)]
     DemoBackend(demo::Backend),
@@ -142,6 +144,7 @@ fn run(cli: Cli) -> Result<String> {
         Command::Stats(args) => wait(args.run(&context)),
         Command::Status(args) => wait(args.run(&context)),
         Command::Map(command) => wait(command.run(&context)),
+        Command::Decap(args) => wait(args.run(context.colour)),
         Command::Demo(args) => args.run().map(|()| String::new()),
         Command::DemoBackend(args) => wait(args.run()).map(|()| String::new()),
         Command::Completions(args) => Ok(args.run()),

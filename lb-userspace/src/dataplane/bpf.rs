@@ -26,6 +26,8 @@ pub const NOEXIST: u64 = 1;
 pub struct MapInfo {
     /// The kernel's number for it.
     pub id: u32,
+    /// Name, at most 15 characters.
+    pub name: String,
     /// `BPF_MAP_TYPE_*`.
     pub kind: u32,
     /// Bytes of a key.
@@ -269,6 +271,7 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     let info: bpf_map_info = unsafe { info(map)? };
     Ok(MapInfo {
         id: info.id,
+        name: text(&info.name),
         kind: info.type_,
         key_size: info.key_size,
         value_size: info.value_size,
@@ -277,20 +280,40 @@ pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     })
 }
 
+/// A name in one of the kernel's records.
+fn text(name: &[libc::c_char]) -> String {
+    let name: Vec<u8> = name.iter().map(|c| c.cast_unsigned()).collect();
+    CStr::from_bytes_until_nul(&name)
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
 /// What the kernel says of `program`.
 pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
     // SAFETY: bpf_prog_info is integers only; with zero lengths the kernel follows no pointer.
     let info: bpf_prog_info = unsafe { info(program)? };
-    let name: Vec<u8> = info.name.iter().map(|c| c.cast_unsigned()).collect();
-    let name = CStr::from_bytes_until_nul(&name)
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
     Ok(ProgramInfo {
         id: info.id,
-        name,
+        name: text(&info.name),
         tag: info.tag.iter().map(|b| format!("{b:02x}")).collect(),
         verified_instructions: info.verified_insns,
     })
+}
+
+/// The kernel's numbers of the maps that `program` uses, as many as `room`.
+pub fn program_maps(program: BorrowedFd<'_>, room: usize) -> io::Result<Vec<u32>> {
+    let mut ids = vec![0u32; room];
+    // SAFETY: bpf_prog_info is integers only.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    info.nr_map_ids = u32::try_from(room).map_err(io::Error::other)?;
+    info.map_ids = ids.as_mut_ptr() as u64;
+    let mut attr = zeroed();
+    attr.info.bpf_fd = raw(program);
+    attr.info.info_len = u32::try_from(size_of::<bpf_prog_info>()).map_err(io::Error::other)?;
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    ids.truncate(info.nr_map_ids as usize);
+    Ok(ids)
 }
 
 /// What the kernel says of `link`; `None` if it is not an XDP link.
@@ -313,6 +336,16 @@ pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     by_id(bpf_cmd::BPF_PROG_GET_FD_BY_ID, id)
 }
 
+/// Opens a map by the kernel's number for it. Needs `CAP_SYS_ADMIN`.
+pub fn map_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(bpf_cmd::BPF_MAP_GET_FD_BY_ID, id)
+}
+
+/// Opens a link by the kernel's number for it. Needs `CAP_SYS_ADMIN`.
+pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(bpf_cmd::BPF_LINK_GET_FD_BY_ID, id)
+}
+
 fn by_id(cmd: bpf_cmd, id: u32) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     attr.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
@@ -330,7 +363,7 @@ pub fn find_xdp_link(ifindex: u32, program: u32) -> Option<XdpLinkInfo> {
         bpf(bpf_cmd::BPF_LINK_GET_NEXT_ID, &mut attr).ok()?;
         // SAFETY: plain integer, written by the kernel.
         id = unsafe { attr.__bindgen_anon_6.next_id };
-        let Ok(link) = by_id(bpf_cmd::BPF_LINK_GET_FD_BY_ID, id) else {
+        let Ok(link) = link_by_id(id) else {
             continue; // gone in the meantime
         };
         if let Ok(Some(info)) = xdp_link_info(link.as_fd())

@@ -6,6 +6,7 @@
 
 mod attach;
 pub mod bpf;
+mod decap;
 mod dump;
 mod load;
 mod map;
@@ -15,6 +16,7 @@ mod pins;
 pub use attach::{
     Attached, Mode, OwnedLink, XdpState, attach_stub, interface_index, interface_name, xdp_state,
 };
+pub use decap::{Decap, Running};
 pub use dump::{dump, list};
 pub use load::{Dataplane, OBJECT};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};

@@ -359,7 +359,7 @@ fn lock_holder(dev: u64, inode: u64) -> Option<u32> {
 
 /// Checks that `path` is or can be a directory on a BPF file system; mounts one at the usual
 /// place if there is none yet.
-fn check_file_system(path: &Path) -> Result<()> {
+pub(super) fn check_file_system(path: &Path) -> Result<()> {
     let name = path.display();
     let existing = path
         .ancestors()

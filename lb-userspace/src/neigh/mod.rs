@@ -153,6 +153,15 @@ pub async fn local_addresses() -> Result<HashSet<IpAddr>, Error> {
     Ok(held.into_iter().map(|(_, address)| address).collect())
 }
 
+/// Asks the kernel for all addresses, each with the index of the interface that holds it.
+///
+/// # Errors
+///
+/// When netlink fails.
+pub async fn interface_addresses() -> Result<HashSet<(u32, IpAddr)>, Error> {
+    kernel::Kernel::connect()?.addresses().await
+}
+
 /// Ends the kernel's care for every neighbour entry that a [`Neighbours`] of this or an earlier
 /// process asked it to keep. The entries themselves age as usual.
 ///

@@ -2,6 +2,7 @@
 
 mod checksum;
 mod concurrency;
+mod decap;
 mod icmp;
 mod listeners;
 mod malformed;
