@@ -4,7 +4,7 @@ use super::maps::{self, Addresses};
 use crate::{
     family::{Family, V4, V6},
     frame::{Cursor, Frame},
-    parse::{Network, ethernet},
+    parse::Network,
 };
 use core::mem::offset_of;
 use lb_common::csum;
@@ -18,9 +18,6 @@ const FRAGMENT: u8 = 44;
 
 /// An IP header on the outside or on the inside of an encapsulation.
 pub trait Layer: Family {
-    /// Its ethertype, as it stands in the frame.
-    const ETHERTYPE: u16;
-
     /// The addresses of this host.
     fn addresses() -> &'static Addresses<Self::Addr>;
     /// Sets both bits of ECN.
@@ -37,8 +34,6 @@ pub fn ecn<L: Layer>(header: Cursor) -> u8 {
 }
 
 impl Layer for V4 {
-    const ETHERTYPE: u16 = ethernet::IPV4;
-
     #[inline(always)]
     fn addresses() -> &'static Addresses<u32> {
         &maps::ADDRESSES4
@@ -66,8 +61,6 @@ impl Layer for V4 {
 }
 
 impl Layer for V6 {
-    const ETHERTYPE: u16 = ethernet::IPV6;
-
     #[inline(always)]
     fn addresses() -> &'static Addresses<[u32; 4]> {
         &maps::ADDRESSES6

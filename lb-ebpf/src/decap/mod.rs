@@ -10,7 +10,7 @@ mod maps;
 
 use crate::{
     bounds,
-    family::{V4, V6},
+    family::{Family, V4, V6},
     frame::Frame,
     parse::{self, Fault, Link, Located, Network, ethernet, protocol},
 };
