@@ -2,7 +2,7 @@
 
 use super::{ClientFilter, ConnectionFilter, Control, Failure, Reply, types};
 use crate::{
-    config::{BackendSelector, SelectError, ServiceSelector},
+    config::{BackendSelector, Endpoint, SelectError, ServiceSelector},
     metrics,
 };
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -383,7 +383,7 @@ fn find_service(services: Vec<types::Service>, wanted: &str) -> Reply<types::Ser
     let is_wanted = |service: &types::Service| match &selector {
         ServiceSelector::Name(name) => *name == service.name,
         ServiceSelector::Listener(address, protocol) => {
-            service.listen.parse() == Ok(*address) && service.protocol == protocol.name()
+            service.listen == address.to_string() && service.protocol == protocol.name()
         }
     };
     let mut known: Vec<_> = services
@@ -412,7 +412,8 @@ fn find_backend(backends: &[types::Backend], service: Option<&str>, wanted: &str
     let found = backends.iter().find_map(|backend| match &selector {
         BackendSelector::Name(name) => (*name == backend.name).then_some(&backend.name),
         BackendSelector::Address(address) => {
-            (backend.address.parse() == Ok(*address)).then_some(&backend.address)
+            let shown = Endpoint(*address).to_string();
+            (backend.address == shown || backend.name == shown).then_some(&backend.address)
         }
     });
     found.cloned().ok_or_else(|| {

@@ -28,7 +28,7 @@ pub struct Traffic {
 pub struct Service {
     /// Name.
     pub name: String,
-    /// `VIP:port`.
+    /// VIP and ports: `VIP:80`, `VIP:8000-8100`, `VIP:*`.
     pub listen: String,
     /// `tcp` or `udp`.
     pub protocol: String,
@@ -58,7 +58,7 @@ pub struct Backend {
     pub service: String,
     /// Name.
     pub name: String,
-    /// `address:port`.
+    /// `address:port`; without a port if packets keep the port they were sent to.
     pub address: String,
     /// Configured weight.
     pub weight: u32,

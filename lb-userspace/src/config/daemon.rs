@@ -250,6 +250,7 @@ impl Limits {
     pub const DEFAULT: Self = Self {
         flows: 1 << 20,
         services: 4096,
+        listeners: 65536,
         backends: 16384,
         slots: 1 << 22,
     };
@@ -258,6 +259,7 @@ impl Limits {
     const LARGEST: Self = Self {
         flows: 1 << 28,
         services: 1 << 20,
+        listeners: 1 << 26,
         backends: 1 << 24,
         slots: 1 << 30,
     };
@@ -274,15 +276,22 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
     let Some(section) = root.table("limits", "limits")? else {
         return Ok((Limits::DEFAULT, 0));
     };
-    section.only(&["flows", "services", "backends", "slots"])?;
+    section.only(&["flows", "services", "listeners", "backends", "slots"])?;
     let limit = |key, default, largest| match section.get(key) {
         None => Ok(default),
         Some(entry) => entry.integer(1, largest),
     };
     let (default, largest) = (Limits::DEFAULT, Limits::LARGEST);
+    let services = limit("services", default.services, largest.services)?;
     let limits = Limits {
         flows: limit("flows", default.flows, largest.flows)?,
-        services: limit("services", default.services, largest.services)?,
+        services,
+        // Every service has one at least.
+        listeners: limit(
+            "listeners",
+            default.listeners.max(services),
+            largest.listeners,
+        )?,
         backends: limit("backends", default.backends, largest.backends)?,
         slots: limit("slots", default.slots, largest.slots)?,
     };

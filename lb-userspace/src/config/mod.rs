@@ -5,6 +5,7 @@
 
 mod daemon;
 mod error;
+mod listen;
 mod read;
 mod select;
 mod service;
@@ -14,6 +15,7 @@ mod value;
 mod whole;
 
 pub use error::Error;
+pub use listen::{Endpoint, Listen, Ports};
 pub use select::{BackendSelector, SelectError, ServiceSelector};
 pub use value::Human;
 
@@ -93,6 +95,8 @@ pub struct Limits {
     pub flows: u32,
     /// Services.
     pub services: u32,
+    /// Ports that services of one address family listen on, each of a range counted.
+    pub listeners: u32,
     /// Backends, counted once for each service they serve.
     pub backends: u32,
     /// Slots of all selection tables together.
@@ -104,8 +108,8 @@ pub struct Limits {
 pub struct Service {
     /// Unique name.
     pub name: String,
-    /// VIP and port.
-    pub listen: SocketAddr,
+    /// VIP and ports.
+    pub listen: Listen,
     /// Transport protocol.
     pub protocol: Protocol,
     /// One of [`lb_common::service::forward`].
@@ -138,9 +142,9 @@ pub enum Protocol {
 /// One `[[service.backend]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Name, unique within the service; `address:port` if none was given.
+    /// Name, unique within the service; the address as [`Endpoint`] shows it if none was given.
     pub name: String,
-    /// Address and port.
+    /// Address and port; port 0: packets keep the port they were sent to.
     pub address: SocketAddr,
     /// Share of new flows relative to the other backends; 0: none, existing flows are kept.
     pub weight: u32,
@@ -259,7 +263,7 @@ impl Protocol {
 }
 
 impl Service {
-    /// The service as operators address it: `VIP:port/proto`.
+    /// The service as operators address it: `VIP:ports/proto`.
     #[must_use]
     pub fn listener(&self) -> String {
         format!("{}/{}", self.listen, self.protocol.name())
@@ -268,6 +272,6 @@ impl Service {
     /// The VIP.
     #[must_use]
     pub const fn vip(&self) -> IpAddr {
-        self.listen.ip()
+        self.listen.ip
     }
 }

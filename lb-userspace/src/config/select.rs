@@ -1,15 +1,15 @@
 //! How operators address a service or a backend of a configuration.
 
-use super::{Backend, Config, Protocol, Service, read::closest};
+use super::{Backend, Config, Endpoint, Listen, Protocol, Service, read::closest, value};
 use std::{fmt, net::SocketAddr, str::FromStr};
 
-/// A service, by its name or by `VIP:port/proto`.
+/// A service, by its name or by `VIP:ports/proto`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceSelector {
     /// The name.
     Name(String),
-    /// VIP, port and protocol.
-    Listener(SocketAddr, Protocol),
+    /// VIP, ports and protocol.
+    Listener(Listen, Protocol),
 }
 
 impl FromStr for ServiceSelector {
@@ -32,7 +32,7 @@ impl FromStr for ServiceSelector {
                 ))),
             };
         }
-        if text.parse::<SocketAddr>().is_ok() {
+        if text.parse::<Listen>().is_ok() {
             return Err(SelectError(format!(
                 "service {text:?}: the protocol is missing; write {text}/tcp or {text}/udp"
             )));
@@ -54,20 +54,22 @@ impl ServiceSelector {
     }
 }
 
-/// A backend of a given service, by its name or by `address:port`.
+/// A backend of a given service, by its name or by `address:port`; by its address alone if it has
+/// no port of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendSelector {
     /// The name.
     Name(String),
-    /// Address and port.
+    /// Address and port; port 0 for none.
     Address(SocketAddr),
 }
 
 impl From<&str> for BackendSelector {
     fn from(text: &str) -> Self {
-        match text.parse() {
-            Ok(address) => Self::Address(address),
-            Err(_) => Self::Name(text.to_owned()),
+        let bare = || value::bare(text).map(|ip| SocketAddr::new(ip, 0));
+        match text.parse().ok().or_else(bare) {
+            Some(address) => Self::Address(address),
+            None => Self::Name(text.to_owned()),
         }
     }
 }
@@ -78,7 +80,10 @@ impl BackendSelector {
     pub fn matches(&self, backend: &Backend) -> bool {
         match self {
             Self::Name(name) => *name == backend.name,
-            Self::Address(address) => *address == backend.address,
+            // An address without a port may be a backend's name as well.
+            Self::Address(address) => {
+                *address == backend.address || Endpoint(*address).to_string() == backend.name
+            }
         }
     }
 }

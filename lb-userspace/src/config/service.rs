@@ -1,7 +1,7 @@
 //! Section `[[service]]` with what is below it, and `[defaults]`.
 
 use super::{
-    Backend, Check, Error, Health, Protocol, Service,
+    Backend, Check, Endpoint, Error, Health, Protocol, Service,
     read::{At, Entry, Section, closest, quote},
     value::{self, Human, Prefix},
 };
@@ -128,15 +128,7 @@ pub(super) fn service(
     let entry = section.require("listen", "write listen = \"198.51.100.10:80\"")?;
     let text = entry.text("198.51.100.10:80")?;
     let listen_offset = entry.offset;
-    let listen = match value::listen(text).map_err(|message| entry.bad(text, message))? {
-        value::Listen::One(listen) => listen,
-        value::Listen::Range => {
-            return Err(entry.not_yet("listen with a range of ports", "write one port"));
-        }
-        value::Listen::Every => {
-            return Err(entry.not_yet("listen on every port", "write one port"));
-        }
-    };
+    let listen = value::listen(text).map_err(|message| entry.bad(text, message))?;
     let protocol = match section.get("protocol") {
         None => Protocol::Tcp,
         Some(entry) => match entry.text("tcp")? {
@@ -163,10 +155,7 @@ pub(super) fn service(
         (Protocol::Tcp, own) => pick(own, &defaults.connect_timeout).map(|at| at.value),
     };
     if let Some(allow) = pick(&own.allow, &defaults.allow)
-        && !allow
-            .value
-            .iter()
-            .any(|prefix| prefix.is_all_of(listen.ip()))
+        && !allow.value.iter().any(|prefix| prefix.is_all_of(listen.ip))
     {
         return Err(section.error(allow.offset, "allow is not supported yet; remove it"));
     }
@@ -180,10 +169,11 @@ pub(super) fn service(
         .into_iter()
         .enumerate()
     {
-        let (backend, offset) = backend(section, index + 1, listen.port())?;
+        let (backend, offset) = backend(section, index + 1, listen.ports.for_backends())?;
         backends.push(backend);
         backend_offsets.push(offset);
     }
+    let health = health(&section, protocol, &backends, &own.health, &defaults.health)?;
     Ok(Placed {
         service: Service {
             name: name.to_owned(),
@@ -203,7 +193,7 @@ pub(super) fn service(
             ),
             idle_timeout,
             connect_timeout,
-            health: health(&section, protocol, &own.health, &defaults.health)?,
+            health,
             backends,
         },
         name: name_offset,
@@ -234,7 +224,7 @@ fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backe
     let address = value::backend(text, port).map_err(|message| entry.bad(text, message))?;
     let offset = entry.offset;
     if name.is_none() {
-        section.object = format!("{service}: backend {address}");
+        section.object = format!("{service}: backend {}", Endpoint(address));
     }
     section.only(&["name", "address", "weight", "backup", "max_connections"])?;
     let weight = match section.get("weight") {
@@ -252,7 +242,7 @@ fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backe
         return Err(entry.not_yet("max_connections", "remove it"));
     }
     let backend = Backend {
-        name: name.map_or_else(|| address.to_string(), str::to_owned),
+        name: name.map_or_else(|| Endpoint(address).to_string(), str::to_owned),
         address,
         weight,
     };
@@ -503,6 +493,7 @@ fn expect(section: &Section<'_>, entry: &Entry<'_, '_>) -> Result<At<Vec<(u16, u
 fn health(
     section: &Section<'_>,
     protocol: Protocol,
+    backends: &[Backend],
     own: &HealthOptions,
     defaults: &HealthOptions,
 ) -> Result<Health, Error> {
@@ -539,6 +530,20 @@ fn health(
         let message = format!(
             "a {} check of a udp service needs a TCP port to ask at; add port, or write type = \"none\"",
             kind.name()
+        );
+        return Err(error(offset, message));
+    }
+
+    let portless = backends.iter().find(|b| b.address.port() == 0);
+    if kind != Kind::None
+        && port.is_none()
+        && let Some(backend) = portless
+    {
+        let offset = own.kind.as_ref().map_or(section.offset, |at| at.offset);
+        let message = format!(
+            "a {} check needs a port to ask at, and backend {} has none of its own; add port, or write type = \"none\"",
+            kind.name(),
+            quote(&backend.name)
         );
         return Err(error(offset, message));
     }

@@ -43,6 +43,7 @@ fn the_minimal_example_has_the_documented_defaults() {
         limits: Limits {
             flows: 1_048_576,
             services: 4096,
+            listeners: 65536,
             backends: 16384,
             slots: 4_194_304,
         },
@@ -75,8 +76,8 @@ fn the_full_example_says_what_it_says() {
     assert_eq!(config.daemon.interfaces, ["eth0", "eth1"]);
     assert_eq!(config.daemon.http, Some("127.0.0.1:9099".parse().unwrap()));
     assert_eq!(config.daemon.nat_ports, Some((1024, 32767)));
-    let [web, web6, dns] = &config.services[..] else {
-        panic!("three services");
+    let [web, web6, dns, media, lab] = &config.services[..] else {
+        panic!("five services");
     };
     assert_eq!(web.scheduler, scheduler::ROUND_ROBIN);
     assert_eq!(web.on_backend_down, on_backend_down::RESET);
@@ -105,6 +106,12 @@ fn the_full_example_says_what_it_says() {
     assert_eq!(dns.connect_timeout, None);
     assert_eq!(dns.idle_timeout, Duration::from_secs(10));
     assert_eq!(dns.backends[0].address.to_string(), "10.0.0.53:53");
+    assert_eq!(media.listen.ports, Ports::Range(30000, 30999));
+    assert_eq!(media.listener(), "198.51.100.10:30000-30999/udp");
+    assert_eq!(media.backends[0].address, "10.0.0.61:0".parse().unwrap());
+    assert_eq!(media.backends[0].name, "10.0.0.61");
+    assert_eq!(media.health.check, Check::Tcp { port: Some(5060) });
+    assert_eq!(lab.listener(), "198.51.100.20:*/tcp");
 }
 
 #[test]
@@ -169,15 +176,138 @@ fn every_later_feature_is_refused_by_name() {
         let expected = format!("lb.toml:6: service \"web\": {complaint}");
         assert_eq!(service_error(key), expected);
     }
-    let listen = |text: &str| parse(&MINIMAL.replace("198.51.100.10:80", text)).unwrap_err();
+}
+
+/// Services `a`, in line 5, and `b`, in line 9, that listen on the two.
+fn two_listeners(a: &str, b: &str) -> Result<Config, String> {
+    parse(&format!(
+        "[daemon]\ninterfaces = [\"eth0\"]\n[[service]]\nname = \"a\"\nlisten = \"{a}\"\n\
+         [[service]]\nname = \"b\"\nlisten = \"{b}\"\n",
+    ))
+}
+
+#[test]
+fn listeners_that_overlap_are_refused_with_both_lines() {
+    let vip = "198.51.100.10";
+    for (a, b) in [
+        ("80", "80"),
+        ("8000-8100", "8050"),
+        ("8050", "8000-8100"),
+        ("8000-8100", "8100-8200"),
+        ("8000-8100", "7000-8000"),
+        ("8000-8100", "8000-8100"),
+        ("1-65535", "443"),
+        ("*", "*"),
+    ] {
+        let error = two_listeners(&format!("{vip}:{a}"), &format!("{vip}:{b}")).unwrap_err();
+        let expected = if a == b {
+            format!(
+                "lb.toml:8: service \"b\": {vip}:{b}/tcp is already taken in line 5; choose another \
+                 address, port or protocol"
+            )
+        } else {
+            format!(
+                "lb.toml:8: service \"b\": {vip}:{b}/tcp overlaps {vip}:{a}/tcp in line 5; choose \
+                 other ports, another address or protocol"
+            )
+        };
+        assert_eq!(error, expected);
+    }
+}
+
+#[test]
+fn listeners_side_by_side_are_accepted() {
+    for (a, b) in [
+        ("198.51.100.10:8000-8100", "198.51.100.10:8101-8200"),
+        ("198.51.100.10:8000-8100", "198.51.100.10:7999"),
+        ("198.51.100.10:8000-8100", "198.51.100.11:8000-8100"),
+        // The other one is for the rest.
+        ("198.51.100.10:*", "198.51.100.10:8000-8100"),
+        ("198.51.100.10:1-65535", "198.51.100.10:*"),
+        ("[2001:db8::1]:*", "[2001:db8::1]:443"),
+        ("[2001:db8::1]:1-2", "[2001:db8::2]:1-2"),
+        ("[2001:db8::1]:*", "198.51.100.10:*"),
+        (
+            "198.51.100.10:80\"\nprotocol = \"udp",
+            "198.51.100.10:80-81",
+        ),
+    ] {
+        let result = two_listeners(a, b);
+        assert!(result.is_ok(), "{a} and {b}: {result:?}");
+    }
+}
+
+#[test]
+fn mistakes_in_listen_say_what_to_write() {
+    for (listen, complaint) in [
+        (
+            "198.51.100.10:8100-8000",
+            "has a range that begins above its end; write \"198.51.100.10:8000-8100\"",
+        ),
+        (
+            "198.51.100.10:0-80",
+            "has port 0, which no packet carries; choose 1 to 65535",
+        ),
+        ("198.51.100.10", "has no port; write it like"),
+        ("198.51.100.10:1-70000", "has no valid port; write it like"),
+        ("*:80", "is not an address and port; write it like"),
+        (
+            "127.0.0.1:*",
+            "is a loopback address; use a unicast address",
+        ),
+    ] {
+        let error = parse(&MINIMAL.replace("198.51.100.10:80", listen)).unwrap_err();
+        let expected = format!("lb.toml:7: service \"web\": listen \"{listen}\" {complaint}");
+        assert!(error.starts_with(&expected), "{error}\nis not\n{expected}");
+    }
+}
+
+#[test]
+fn a_check_of_a_backend_without_a_port_needs_one() {
+    let range = |lines: &str| {
+        let service = with_service(lines).replace(":80\"", ":8000-8100\"");
+        parse(&service)
+    };
+    let backends = "[[service.backend]]\naddress = \"10.0.0.11\"";
+    let health = |lines: &str| range(&format!("[service.health]\n{lines}\n{backends}"));
     assert_eq!(
-        listen("198.51.100.10:8000-8100"),
-        "lb.toml:7: service \"web\": listen with a range of ports is not supported yet; write one port"
+        health("type = \"tcp\"").unwrap_err(),
+        "lb.toml:7: service \"web\": health: a tcp check needs a port to ask at, and backend \
+         \"10.0.0.11\" has none of its own; add port, or write type = \"none\""
     );
-    assert_eq!(
-        listen("198.51.100.10:*"),
-        "lb.toml:7: service \"web\": listen on every port is not supported yet; write one port"
-    );
+    assert!(health("type = \"tcp\"\nport = 80").is_ok());
+    assert!(health("type = \"none\"").is_ok());
+    assert!(range(backends).is_ok());
+    let own =
+        "[service.health]\ntype = \"http\"\n[[service.backend]]\naddress = \"10.0.0.11:3001\"";
+    assert!(range(own).is_ok(), "the backend has a port of its own");
+    let one = format!("[service.health]\ntype = \"tcp\"\n{backends}");
+    let one = parse(&with_service(&one)).unwrap();
+    assert_eq!(one.services[0].backends[0].address.port(), 80);
+}
+
+#[test]
+fn a_mode_that_keeps_ports_takes_backends_at_the_services_own() {
+    let service = |ports: &str, backend: &str| {
+        let lines =
+            format!("forward = \"dsr\"\n[[service.backend]]\naddress = \"10.0.0.11{backend}\"");
+        parse(&with_service(&lines).replace(":80\"", &format!(":{ports}\"")))
+    };
+    for (ports, backend) in [("80", ":8080"), ("8000-8100", ":8000"), ("*", ":8000")] {
+        assert_eq!(
+            service(ports, backend).unwrap_err(),
+            format!(
+                "lb.toml:8: service \"web\": backend \"10.0.0.11{backend}\": its port {} is not the \
+                 VIP's {ports}, and forward \"dsr\" leaves ports as they are; leave the port out, or \
+                 use forward \"nat\"",
+                &backend[1..]
+            )
+        );
+    }
+    for (ports, backend) in [("81", ":81"), ("81", ""), ("8000-8100", ""), ("*", "")] {
+        let result = service(ports, backend);
+        assert!(result.is_ok(), "{result:?}");
+    }
 }
 
 #[test]
@@ -456,6 +586,18 @@ fn mistakes_outside_services_name_line_object_and_remedy() {
 #[test]
 fn limits_must_have_room_for_what_is_configured() {
     let small = |line: &str| parse(&format!("{MINIMAL}\n[limits]\n{line}"));
+    let range = MINIMAL.replace(":80\"", ":8000-8100\"");
+    let range = |line: &str| parse(&format!("{range}\n[limits]\n{line}"));
+    assert_eq!(
+        range("listeners = 100").unwrap_err(),
+        "lb.toml:13: limits: listeners = 100 is too small for 101 ports on IPv4 VIPs; write \
+         listeners = 101 or more"
+    );
+    assert!(range("listeners = 101").is_ok());
+    assert_eq!(
+        small("services = 100000").unwrap().limits.listeners,
+        100_000
+    );
     assert_eq!(
         small("backends = 1").unwrap_err(),
         "lb.toml:13: limits: backends = 1 is too small for 2 backends; write backends = 2 or more"
@@ -541,6 +683,11 @@ fn services_and_backends_are_found_as_operators_address_them() {
     assert_eq!(name("198.51.100.10:80/tcp").as_deref(), Ok("web"));
     assert_eq!(name("[2001:db8:0::1]:443/tcp").as_deref(), Ok("web6"));
     assert_eq!(name("198.51.100.10:53/udp").as_deref(), Ok("dns"));
+    assert_eq!(
+        name("198.51.100.10:30000-30999/udp").as_deref(),
+        Ok("media")
+    );
+    assert_eq!(name("198.51.100.20:*/tcp").as_deref(), Ok("lab"));
     let error = |text: &str| name(text).unwrap_err().to_string();
     assert_eq!(
         error("wbe"),
@@ -553,6 +700,10 @@ fn services_and_backends_are_found_as_operators_address_them() {
     let web = config.find_service("web").unwrap();
     assert_eq!(web.find_backend("app2").unwrap().weight, 4);
     assert_eq!(web.find_backend("10.0.0.12:3002").unwrap().name, "app2");
+    let media = config.find_service("media").unwrap();
+    assert_eq!(media.find_backend("10.0.0.62").unwrap().name, "10.0.0.62");
+    assert!(media.find_backend("10.0.0.62:30000").is_err());
+    assert!(error("198.51.100.10:30000-30999").contains("the protocol is missing"));
     assert_eq!(
         web.find_backend("zzz").unwrap_err().to_string(),
         "service \"web\": backend \"zzz\": there is none; see \"sluice backend list web\""

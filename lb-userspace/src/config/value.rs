@@ -3,6 +3,7 @@
 //! Every function says what is wrong in words that follow the quoted value: `is not ...; write
 //! ...`.
 
+use super::{Listen, Ports};
 use std::{
     fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -89,66 +90,72 @@ impl fmt::Display for Human {
     }
 }
 
-/// What `listen` may say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Listen {
-    /// One port.
-    One(SocketAddr),
-    /// `VIP:8000-8100`.
-    Range,
-    /// `VIP:*`.
-    Every,
-}
-
 /// The value of `listen`.
 pub(super) fn listen(text: &str) -> Result<Listen, String> {
     const WRITE: &str = "write it like \"198.51.100.10:80\" or \"[2001:db8::1]:443\"";
     let malformed = || format!("is not an address and port; {WRITE}");
-    if let Ok(address) = text.parse::<SocketAddr>() {
-        if address.port() == 0 {
-            return Err("has port 0, which no packet carries; choose 1 to 65535".to_owned());
-        }
-        usable(address.ip())?;
-        return Ok(Listen::One(canonical(address)));
-    }
     if text.parse::<IpAddr>().is_ok() {
         return Err(format!("has no port; {WRITE}"));
     }
-    let (host, port) = text.rsplit_once(':').ok_or_else(malformed)?;
+    let (host, ports) = text.rsplit_once(':').ok_or_else(malformed)?;
     // Whether the host is good is what the same text with a plain port tells.
     let address: SocketAddr = format!("{host}:1").parse().map_err(|_| malformed())?;
-    usable(address.ip())?;
-    if port == "*" {
-        return Ok(Listen::Every);
+    let ip = address.ip();
+    usable(ip)?;
+    if ports == "*" {
+        let ports = Ports::Any;
+        return Ok(Listen { ip, ports });
     }
-    if let Some((first, last)) = port.split_once('-')
-        && first.parse::<u16>().is_ok()
-        && last.parse::<u16>().is_ok()
-    {
-        return Ok(Listen::Range);
+    let number = |text: &str| {
+        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        digits.then(|| text.parse::<u16>().ok()).flatten()
+    };
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let (Some(first), Some(last)) = (number(first), number(last)) else {
+        return Err(format!(
+            "has no valid port; {WRITE}, with a port from 1 to 65535, a range \"8000-8100\" or \"*\" for every port"
+        ));
+    };
+    if first == 0 || last == 0 {
+        return Err("has port 0, which no packet carries; choose 1 to 65535".to_owned());
     }
-    Err(format!(
-        "has no valid port; {WRITE}, with a port from 1 to 65535"
-    ))
+    if first > last {
+        return Err(format!(
+            "has a range that begins above its end; write \"{host}:{last}-{first}\""
+        ));
+    }
+    let ports = Ports::span(first, last);
+    Ok(Listen { ip, ports })
+}
+
+/// An address without a port: `10.0.0.11`, `2001:db8::11`, `[2001:db8::11]`.
+pub(super) fn bare(text: &str) -> Option<IpAddr> {
+    let inner = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'));
+    match inner {
+        Some(inner) => inner.parse::<Ipv6Addr>().ok().map(IpAddr::V6),
+        None => text.parse().ok(),
+    }
 }
 
 /// A backend's address; `port` is used when it has none.
 pub(super) fn backend(text: &str, port: u16) -> Result<SocketAddr, String> {
-    let bare = text
-        .strip_prefix('[')
-        .and_then(|text| text.strip_suffix(']'))
-        .and_then(|text| text.parse::<Ipv6Addr>().ok())
-        .map(IpAddr::V6);
-    let address = match bare.or_else(|| text.parse::<IpAddr>().ok()) {
+    let address = match bare(text) {
         Some(ip) => SocketAddr::new(ip, port),
-        None => text.parse::<SocketAddr>().map_err(|_| {
-            "is not an address; write it like \"10.0.0.11:3001\" or \"[2001:db8::11]:3001\""
-                .to_owned()
-        })?,
+        None => {
+            let address: SocketAddr = text.parse().map_err(|_| {
+                "is not an address; write it like \"10.0.0.11:3001\" or \"[2001:db8::11]:3001\""
+                    .to_owned()
+            })?;
+            if address.port() == 0 {
+                return Err(
+                    "has port 0; choose 1 to 65535, or leave it out for the service's".to_owned(),
+                );
+            }
+            address
+        }
     };
-    if address.port() == 0 {
-        return Err("has port 0; choose 1 to 65535, or leave it out for the service's".to_owned());
-    }
     if address.ip().is_loopback() {
         return Err(
             "is a loopback address, which is not supported yet; use an address of the \
@@ -330,14 +337,39 @@ mod tests {
 
     #[test]
     fn what_a_service_may_listen_on() {
-        assert_eq!(listen("198.51.100.10:8000-8100"), Ok(Listen::Range));
-        assert_eq!(listen("[2001:db8::1]:*"), Ok(Listen::Every));
-        let one = "198.51.100.10:80".parse().unwrap();
-        assert_eq!(listen("198.51.100.10:80"), Ok(Listen::One(one)));
+        let parse = |text: &str| listen(text).map(|listen| (listen.ip.to_string(), listen.ports));
+        let v4 = |ports| Ok(("198.51.100.10".to_owned(), ports));
+        let v6 = |ports| Ok(("2001:db8::1".to_owned(), ports));
+        assert_eq!(parse("198.51.100.10:80"), v4(Ports::One(80)));
+        assert_eq!(
+            parse("198.51.100.10:8000-8100"),
+            v4(Ports::Range(8000, 8100))
+        );
+        assert_eq!(parse("198.51.100.10:80-80"), v4(Ports::One(80)));
+        assert_eq!(parse("198.51.100.10:1-65535"), v4(Ports::Range(1, 65535)));
+        assert_eq!(parse("198.51.100.10:*"), v4(Ports::Any));
+        assert_eq!(parse("[2001:db8::1]:443"), v6(Ports::One(443)));
+        assert_eq!(parse("[2001:db8::1]:1-2"), v6(Ports::Range(1, 2)));
+        assert_eq!(parse("[2001:db8::1]:*"), v6(Ports::Any));
         for text in [
             "198.51.100.10",
             "198.51.100.10:",
+            "198.51.100.10:0",
+            "198.51.100.10:0-10",
+            "198.51.100.10:10-0",
+            "198.51.100.10:10-9",
+            "198.51.100.10:10-",
+            "198.51.100.10:-10",
+            "198.51.100.10:1-2-3",
+            "198.51.100.10:+1-2",
+            "198.51.100.10:1 - 2",
+            "198.51.100.10:1-65536",
+            "198.51.100.10:**",
+            "127.0.0.1:*",
+            "[ff02::1]:1-2",
+            "2001:db8::1:*",
             "a:80",
+            "*:80",
             "1.2.3.4:0",
             ":80",
             "2001:db8::1",

@@ -6,10 +6,11 @@ use lb_common::{
     service::forward,
 };
 
-use super::{Error, Limits, Service, read::Section, service::Placed};
+use super::{Endpoint, Error, Limits, Listen, Protocol, Service, read::Section, service::Placed};
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     hash::Hash,
+    net::IpAddr,
 };
 
 /// Checks services against each other and against the limits.
@@ -20,7 +21,7 @@ pub(super) fn check(
     services: &[Placed],
 ) -> Result<(), Error> {
     let mut names = HashMap::new();
-    let mut listeners = HashMap::new();
+    let mut listeners = Listeners::new();
     let mut vips = HashMap::new();
     for placed in services {
         let service = &placed.service;
@@ -31,13 +32,18 @@ pub(super) fn check(
             );
             return Err(refuse(root, service, placed.name, &message));
         }
-        let listener = (service.listen, service.protocol);
-        if let Some(other) = taken(&mut listeners, listener, placed.listen) {
-            let message = format!(
-                "{} is already taken in line {}; choose another address, port or protocol",
-                service.listener(),
-                root.source.line(other)
-            );
+        if let Some(other) = overlapping(&mut listeners, placed) {
+            let (own, line) = (service.listener(), root.source.line(other.listen));
+            let message = if other.service.listen == service.listen {
+                format!(
+                    "{own} is already taken in line {line}; choose another address, port or protocol"
+                )
+            } else {
+                format!(
+                    "{own} overlaps {} in line {line}; choose other ports, another address or protocol",
+                    other.service.listener()
+                )
+            };
             return Err(refuse(root, service, placed.listen, &message));
         }
         vips.entry(service.vip()).or_insert(placed);
@@ -59,6 +65,25 @@ fn taken<K: Eq + Hash>(seen: &mut HashMap<K, usize>, key: K, offset: usize) -> O
     }
 }
 
+/// The services on each VIP and protocol, by their first port.
+type Listeners<'a> = HashMap<(IpAddr, Protocol), BTreeMap<u16, &'a Placed>>;
+
+/// Notes what a service listens on; the one that has some of it already, if any.
+fn overlapping<'a>(listeners: &mut Listeners<'a>, placed: &'a Placed) -> Option<&'a Placed> {
+    let Listen { ip, ports } = placed.service.listen;
+    let taken = listeners.entry((ip, placed.service.protocol)).or_default();
+    let (first, last) = ports.keys();
+    // Those that are there overlap nowhere, so the nearest from below tells for all of them.
+    let nearest = taken.range(..=last).next_back();
+    if let Some((_, other)) = nearest
+        && other.service.listen.ports.shared(ports) > 0
+    {
+        return Some(other);
+    }
+    taken.insert(first, placed);
+    None
+}
+
 fn refuse(root: &Section<'_>, service: &Service, offset: usize, message: &str) -> Error {
     root.error(offset, format!("service \"{}\": {message}", service.name))
 }
@@ -66,7 +91,7 @@ fn refuse(root: &Section<'_>, service: &Service, offset: usize, message: &str) -
 fn backends(
     root: &Section<'_>,
     placed: &Placed,
-    vips: &HashMap<std::net::IpAddr, &Placed>,
+    vips: &HashMap<IpAddr, &Placed>,
 ) -> Result<(), Error> {
     let service = &placed.service;
     let mut names = HashMap::new();
@@ -89,10 +114,10 @@ fn backends(
             )));
         }
         let port = backend.address.port();
-        if !forward::translates(service.forward) && port != service.listen.port() {
+        let ports = service.listen.ports;
+        if !forward::translates(service.forward) && port != ports.for_backends() {
             return Err(refuse(&format!(
-                "its port {port} is not the VIP's {}, and forward \"{mode}\" leaves ports as they are; use the same port, or forward \"nat\"",
-                service.listen.port()
+                "its port {port} is not the VIP's {ports}, and forward \"{mode}\" leaves ports as they are; leave the port out, or use forward \"nat\""
             )));
         }
         if let Some(other) = vips.get(&ip) {
@@ -104,7 +129,7 @@ fn backends(
         if let Some(other) = taken(&mut addresses, backend.address, offset) {
             return Err(refuse(&format!(
                 "address {} is already a backend in line {}; remove one",
-                backend.address,
+                Endpoint(backend.address),
                 root.source.line(other)
             )));
         }
@@ -135,6 +160,18 @@ fn room(
     if count > u64::from(limits.services) {
         let what = format!("{count} services");
         return Err(too_small("services", limits.services, count, &what));
+    }
+    for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
+        let count: u64 = services
+            .iter()
+            .map(|placed| &placed.service.listen)
+            .filter(|listen| listen.ip.is_ipv4() == is_v4)
+            .map(|listen| u64::from(listen.ports.count()))
+            .sum();
+        if count > u64::from(limits.listeners) {
+            let what = format!("{count} ports on {family} VIPs");
+            return Err(too_small("listeners", limits.listeners, count, &what));
+        }
     }
     let count: u64 = services
         .iter()

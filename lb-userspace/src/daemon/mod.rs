@@ -11,12 +11,12 @@ mod views;
 
 use crate::{
     api::Failure,
-    config::{self, Config},
+    config::{self, Config, Endpoint, Listen, Ports},
     dataplane::Dataplane,
     flows::{self, Flows, Sweep, Timeouts},
     health::{Checker, Target},
     model::{BackendKey, Change, CheckResult, Model, Path as Way, ServiceKey, State},
-    neigh::{Neighbours, NextHop, Resolution},
+    neigh::{self, Neighbours, NextHop, Resolution},
     reconcile::{self, Hop, Reconciler, apply},
 };
 use anyhow::{Context as _, Result};
@@ -223,7 +223,8 @@ impl Daemon {
         };
         let service = self.service_name(change.backend.service);
         let (name, address) = (&backend.config().name, change.backend.address);
-        let name = if *name == address.to_string() {
+        let address = Endpoint(address).to_string();
+        let name = if *name == address {
             name.clone()
         } else {
             format!("{name} ({address})")
@@ -386,7 +387,27 @@ impl Daemon {
             }
         }
         self.watch_backends();
+        self.warn_of_taken_ports();
         Ok(())
+    }
+
+    /// Warns of services that take ports the host's own connections begin at.
+    fn warn_of_taken_ports(&self) {
+        let Ok((first, last)) = neigh::ephemeral_port_range() else {
+            return;
+        };
+        let local = self.local.borrow();
+        for service in &self.config.services {
+            let Listen { ip, ports } = service.listen;
+            let takes = ports == Ports::Any || ports.shared(Ports::span(first, last)) > 0;
+            if takes && local.contains(&ip) {
+                warn!(
+                    "service {}: {} takes the answers to connections that this host makes from {ip}; \
+                     listen on an address of its own, or on ports outside {first}-{last}",
+                    service.name, service.listen
+                );
+            }
+        }
     }
 
     /// Judges every known way anew, as after a change of interfaces.
@@ -514,7 +535,10 @@ impl Daemon {
             let settled = self.retiring.contains_key(&(service, address));
             if settled && drained || begun.elapsed() >= DRAIN_TIMEOUT {
                 let name = self.service_name(service);
-                info!("service {name}: backend {address} is gone, its last flow has ended");
+                info!(
+                    "service {name}: backend {} is gone, its last flow has ended",
+                    Endpoint(address)
+                );
                 ops.extend(self.reconciler.forget_backend(&service, &address));
             } else {
                 since.insert((service, address), begun);

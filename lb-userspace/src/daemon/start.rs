@@ -6,7 +6,7 @@ use crate::{
     config::{self, Config},
     dataplane::{self, Dataplane},
     health::{self, Checker},
-    model::{BackendKey, Inherited, Model, ServiceKey, State},
+    model::{BackendKey, Inherited, Model, ServiceKey, State, successions},
     neigh::{self, Neighbours},
     reconcile::{Hop, Reconciler, apply},
 };
@@ -174,6 +174,7 @@ async fn prepare(
         .collect();
     daemon.reconcile_services(|_| true, &removed)?;
     daemon.dirty.clear();
+    daemon.warn_of_taken_ports();
     // Last: the first packet finds everything in place.
     for name in daemon.config.daemon.interfaces.clone() {
         daemon.attach(&name)?;
@@ -185,6 +186,12 @@ async fn prepare(
 /// restart takes no backend out.
 fn inherit(daemon: &mut Daemon) {
     let now = Instant::now();
+    let held: Vec<ServiceKey> = daemon.reconciler.service_ids().collect();
+    let configured: Vec<ServiceKey> = daemon.config.services.iter().map(Into::into).collect();
+    let continued: HashMap<ServiceKey, ServiceKey> = successions(&held, &configured)
+        .into_iter()
+        .map(|(new, old)| (old, new))
+        .collect();
     for (service, address, record) in daemon.reconciler.records() {
         let resolved = record.flags & BACKEND_RESOLVED != 0;
         if resolved {
@@ -200,6 +207,7 @@ fn inherit(daemon: &mut Daemon) {
             daemon.hops.insert(address.ip(), hop);
         }
         let alive = record.flags & BACKEND_ALIVE != 0;
+        let service = continued.get(&service).copied().unwrap_or(service);
         let key = BackendKey { service, address };
         daemon
             .model

@@ -3,7 +3,7 @@
 use super::Daemon;
 use crate::{
     api::{ConnectionFilter, types},
-    config::Check,
+    config::{Check, Endpoint},
     flows::{self, Connection, Flows},
     model::{Admin, ServiceKey, State},
 };
@@ -79,7 +79,7 @@ impl Daemon {
                 views.push(types::Backend {
                     service: service.config.name.clone(),
                     name: backend.config().name.clone(),
-                    address: address.to_string(),
+                    address: Endpoint(address).to_string(),
                     weight: backend.config().weight,
                     effective_weight: backend.effective_weight(),
                     admin: backend.admin().name().to_owned(),
@@ -112,8 +112,8 @@ impl Daemon {
         let since = self.retiring.get(&(key, address));
         Ok(types::Backend {
             service: service.to_owned(),
-            name: address.to_string(),
-            address: address.to_string(),
+            name: Endpoint(address).to_string(),
+            address: Endpoint(address).to_string(),
             weight: 0,
             effective_weight: 0,
             admin: Admin::Drain.name().to_owned(),
@@ -198,7 +198,9 @@ impl Daemon {
             for backend in &service.backends {
                 let address = backend.config().address;
                 if let Some(number) = self.reconciler.backend_number(&key, &address) {
-                    names.backends.insert(number, backend.config().name.clone());
+                    let name = backend.config().name.clone();
+                    let shown = Endpoint(address).to_string();
+                    names.backends.insert(number, (name, shown));
                 }
             }
         }
@@ -224,7 +226,8 @@ pub(super) struct FlowNames {
     flows: Flows,
     /// Name and ticks of idle timeout by service number.
     services: HashMap<u32, (String, u32)>,
-    backends: HashMap<u32, String>,
+    /// Name and address as it is listed by backend number.
+    backends: HashMap<u32, (String, String)>,
 }
 
 impl FlowNames {
@@ -260,8 +263,9 @@ impl FlowNames {
             service.is_some_and(|(name, _)| name == wanted)
         });
         let backend = filter.backend.as_ref().is_none_or(|wanted| {
+            let backend = self.backends.get(&flow.backend_number);
             wanted.parse() == Ok(flow.backend)
-                || self.backends.get(&flow.backend_number) == Some(wanted)
+                || backend.is_some_and(|(name, address)| name == wanted || address == wanted)
         });
         let client = filter
             .client
@@ -289,8 +293,7 @@ impl FlowNames {
             backend: self
                 .backends
                 .get(&flow.backend_number)
-                .cloned()
-                .unwrap_or_else(|| text(flow.backend)),
+                .map_or_else(|| text(flow.backend), |(name, _)| name.clone()),
         }
     }
 }

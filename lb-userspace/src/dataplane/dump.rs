@@ -153,6 +153,7 @@ fn address_filter(map: &SharedArray<u64>, emit: Emit<'_>) -> io::Result<()> {
             emit(json!({
                 "lane": lane,
                 "vip": bits & filter::LANE_VIP != 0,
+                "any_port": bits & filter::LANE_ANY_PORT != 0,
                 "nat_source": bits & filter::LANE_NAT_SOURCE != 0,
             }))?;
         }

@@ -451,7 +451,8 @@ impl Layout {
 /// Number 0 is never used where a map is indexed by number, hence one more there.
 fn limit_of(name: &str) -> Option<(&'static str, u32)> {
     match name {
-        "vips4" | "vips6" | "services4" | "services6" => Some(("services", 0)),
+        "vips4" | "vips6" => Some(("services", 0)),
+        "services4" | "services6" => Some(("listeners", 0)),
         "services" | "cursors" | "service_stats" => Some(("services", 1)),
         "backends" | "backend_load" | "backend_stats" => Some(("backends", 1)),
         "slots" => Some(("slots", 0)),
@@ -463,6 +464,7 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
 fn limit_value(limits: &Limits, limit: &str) -> u32 {
     match limit {
         "services" => limits.services,
+        "listeners" => limits.listeners,
         "backends" => limits.backends,
         "slots" => limits.slots,
         _ => limits.flows,

@@ -25,6 +25,7 @@ use std::{
 const LIMITS: Limits = Limits {
     flows: 1024,
     services: 16,
+    listeners: 64,
     backends: 32,
     slots: 4096,
 };

@@ -13,7 +13,7 @@ pub use backend::{Admin, Backend, Inherited, Path, State};
 pub use check::{CheckResult, Code};
 
 use crate::{
-    config::{self, Protocol},
+    config::{self, Listen, Ports, Protocol},
     scheduler::Member,
 };
 use std::{
@@ -26,8 +26,8 @@ use std::{
 /// What identifies a service, whatever it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
-    /// VIP and port.
-    pub listen: SocketAddr,
+    /// VIP and ports.
+    pub listen: Listen,
     /// Transport protocol.
     pub protocol: Protocol,
 }
@@ -50,11 +50,43 @@ impl From<&config::Service> for ServiceKey {
     }
 }
 
-/// `VIP:port/proto`.
+/// `VIP:ports/proto`.
 impl fmt::Display for ServiceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.listen, self.protocol.name())
     }
+}
+
+/// Which service each new one of `after` continues, of those of `before` that are gone: a range of
+/// ports that was moved or resized is the same service still. Among several the one that shares
+/// most ports; the first asks first.
+#[must_use]
+pub fn successions(before: &[ServiceKey], after: &[ServiceKey]) -> HashMap<ServiceKey, ServiceKey> {
+    let place = |key: &ServiceKey| (key.listen.ip, key.protocol);
+    let (old, stay): (HashSet<_>, HashSet<_>) = (before.iter().collect(), after.iter().collect());
+    let mut gone: HashMap<_, Vec<ServiceKey>> = HashMap::new();
+    for key in before.iter().filter(|key| !stay.contains(key)) {
+        if key.listen.ports != Ports::Any {
+            gone.entry(place(key)).or_default().push(*key);
+        }
+    }
+    let mut continued = HashMap::new();
+    for new in after.iter().filter(|key| !old.contains(key)) {
+        let Some(candidates) = gone.get_mut(&place(new)) else {
+            continue;
+        };
+        let shared = |old: &ServiceKey| old.listen.ports.shared(new.listen.ports);
+        let best = candidates
+            .iter()
+            .copied()
+            .filter(|old| shared(old) > 0)
+            .max_by_key(|old| (shared(old), *old));
+        if let Some(best) = best {
+            candidates.retain(|old| *old != best);
+            continued.insert(*new, best);
+        }
+    }
+    continued
 }
 
 /// An event that changed how a backend stands or what the data plane must do with it.
@@ -127,8 +159,12 @@ impl Model {
         Self::default()
     }
 
-    /// Replaces what is configured. Backends that stay, by service and address, keep their state.
+    /// Replaces what is configured. Backends that stay, by service and address, keep their state;
+    /// also where the service's ports were changed (see [`successions`]).
     pub fn configure(&mut self, services: &[config::Service], now: Instant) {
+        let old: Vec<ServiceKey> = self.services.iter().map(Service::key).collect();
+        let new: Vec<ServiceKey> = services.iter().map(ServiceKey::from).collect();
+        let continued = successions(&old, &new);
         let mut before: HashMap<BackendKey, Backend> = std::mem::take(&mut self.services)
             .into_iter()
             .flat_map(|service| {
@@ -162,7 +198,11 @@ impl Model {
                 self.places.insert(key, (index, position));
                 let sharing = self.sharing.entry(address.ip()).or_default();
                 sharing.push((index, position));
-                backends.push(match before.remove(&key) {
+                let former = BackendKey {
+                    service: continued.get(&service).copied().unwrap_or(service),
+                    address,
+                };
+                backends.push(match before.remove(&former) {
                     Some(mut kept) => {
                         kept.configure(backend.clone(), &config.health, now);
                         kept

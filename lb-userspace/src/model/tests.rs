@@ -40,7 +40,7 @@ fn config(text: &str) -> Config {
 fn key(port: u16, backend: &str) -> BackendKey {
     BackendKey {
         service: ServiceKey {
-            listen: SocketAddr::from(([198, 51, 100, 10], port)),
+            listen: SocketAddr::from(([198, 51, 100, 10], port)).into(),
             protocol: Protocol::Tcp,
         },
         address: backend.parse().unwrap(),

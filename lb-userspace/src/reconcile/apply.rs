@@ -1,7 +1,11 @@
 //! Carries a plan out, and reads what adopted maps hold.
 
 use super::plan::{Found, Op};
-use crate::{config::Protocol, dataplane::Maps, model::ServiceKey as Key};
+use crate::{
+    config::{Listen, Ports, Protocol},
+    dataplane::Maps,
+    model::ServiceKey as Key,
+};
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
     addr::{from_ipv4, from_ipv6},
@@ -9,7 +13,8 @@ use lb_common::{
 };
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
     sync::atomic::Ordering,
 };
 
@@ -63,32 +68,42 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
             };
         }
         Op::Publish { id, number } => {
-            let found = match id.listen.ip() {
-                IpAddr::V4(a) => {
-                    let key = key(from_ipv4(a), id);
-                    maps.services4.insert(&key, number)?;
-                    maps.services4.get(&key)?
-                }
-                IpAddr::V6(a) => {
-                    let key = key(from_ipv6(a), id);
-                    maps.services6.insert(&key, number)?;
-                    maps.services6.get(&key)?
-                }
-            };
-            ensure!(found == Some(*number), "reads differently");
+            for port in ports(id) {
+                let found = match id.listen.ip {
+                    IpAddr::V4(a) => {
+                        let key = key(from_ipv4(a), port, id);
+                        maps.services4.insert(&key, number)?;
+                        maps.services4.get(&key)?
+                    }
+                    IpAddr::V6(a) => {
+                        let key = key(from_ipv6(a), port, id);
+                        maps.services6.insert(&key, number)?;
+                        maps.services6.get(&key)?
+                    }
+                };
+                ensure!(found == Some(*number), "reads differently");
+            }
         }
         Op::Withdraw { id } => {
-            match id.listen.ip() {
-                IpAddr::V4(a) => maps.services4.remove(&key(from_ipv4(a), id))?,
-                IpAddr::V6(a) => maps.services6.remove(&key(from_ipv6(a), id))?,
-            };
+            for port in ports(id) {
+                match id.listen.ip {
+                    IpAddr::V4(a) => maps.services4.remove(&key(from_ipv4(a), port, id))?,
+                    IpAddr::V6(a) => maps.services6.remove(&key(from_ipv6(a), port, id))?,
+                };
+            }
         }
     }
     Ok(())
 }
 
-fn key<A: lb_common::addr::Address>(vip: A, id: &Key) -> ServiceKey<A> {
-    ServiceKey::new(vip, id.listen.port().to_be(), id.protocol.number())
+/// The ports of the keys that stand for `id`.
+fn ports(id: &Key) -> RangeInclusive<u16> {
+    let (first, last) = id.listen.ports.keys();
+    first..=last
+}
+
+fn key<A: lb_common::addr::Address>(vip: A, port: u16, id: &Key) -> ServiceKey<A> {
+    ServiceKey::new(vip, port.to_be(), id.protocol.number())
 }
 
 fn describe(op: &Op) -> String {
@@ -101,7 +116,7 @@ fn describe(op: &Op) -> String {
         Op::Service { number, .. } => format!("map services: service {number}"),
         Op::Vip { address, .. } | Op::RemoveVip { address } => format!("map vips: {address}"),
         Op::Publish { id, .. } | Op::Withdraw { id } => {
-            format!("map services: {}/{}", id.listen, id.protocol.name())
+            format!("map services: {id}")
         }
     }
 }
@@ -158,6 +173,10 @@ fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(Key, u32
         17 => Protocol::Udp,
         _ => return None,
     };
-    let listen = SocketAddr::new(vip, u16::from_be(key.port));
+    let port = u16::from_be(key.port);
+    let listen = Listen {
+        ip: vip,
+        ports: Ports::span(port, port),
+    };
     Some((Key { listen, protocol }, number))
 }

@@ -14,6 +14,14 @@ pub fn lane_of(address: IpAddr) -> u32 {
     }
 }
 
+/// What a lane's bits may say of an address.
+const BITS: [u8; 4] = [
+    filter::LANE_VIP,
+    filter::LANE_NAT_SOURCE,
+    filter::LANE_ANY_PORT,
+    filter::LANE_BACKEND,
+];
+
 /// How often each bit of each lane is wanted.
 #[derive(Debug, Default)]
 pub struct Filter {
@@ -47,11 +55,7 @@ impl Filter {
         let mut value = 0;
         for lane in element * 8..element * 8 + 8 {
             let (_, shift) = filter::place(lane);
-            for bit in [
-                filter::LANE_VIP,
-                filter::LANE_NAT_SOURCE,
-                filter::LANE_BACKEND,
-            ] {
+            for bit in BITS {
                 if self.wanted.contains_key(&(lane, bit)) {
                     value |= u64::from(bit) << shift;
                 }

@@ -11,6 +11,7 @@
 
 pub mod apply;
 mod filter;
+mod keys;
 pub mod plan;
 mod slots;
 

@@ -2,17 +2,19 @@
 
 use super::{
     filter::Filter,
+    keys::{self, Keys},
     slots::{Region, SlotSpace},
 };
 use crate::{
-    model::ServiceKey,
+    config::{Endpoint, Ports},
+    model::{self, ServiceKey},
     scheduler::{self, Member},
 };
 use anyhow::{Result, anyhow};
 use lb_common::{
     addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, Slot},
-    filter::{LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP},
+    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP},
     service::{Service as ServiceRecord, VIP_ANSWER_ARP, forward},
 };
 use std::{
@@ -121,16 +123,16 @@ pub enum Op {
         /// `VIP_*`.
         flags: u32,
     },
-    /// Lets packets find a service.
+    /// Lets packets to some ports find a service.
     Publish {
-        /// What they find it by.
+        /// What they find it by: a service's key, or some ports of a range.
         id: ServiceKey,
         /// Service number.
         number: u32,
     },
-    /// Packets find a service no longer.
+    /// Packets to some ports find a service no longer.
     Withdraw {
-        /// What they found it by.
+        /// What they found it by: a service's key, or some ports of a range.
         id: ServiceKey,
     },
     /// Forgets a VIP.
@@ -144,6 +146,7 @@ pub enum Op {
 #[derive(Debug)]
 pub struct Reconciler {
     services: HashMap<ServiceKey, Held>,
+    keys: Keys,
     service_numbers: Numbers,
     backend_numbers: Numbers,
     /// The generation each backend number had last.
@@ -214,6 +217,7 @@ impl Reconciler {
     pub fn new(services: u32, backends: u32, slots: u32) -> Self {
         Self {
             services: HashMap::new(),
+            keys: Keys::default(),
             service_numbers: Numbers::new(services),
             backend_numbers: Numbers::new(backends),
             generations: HashMap::new(),
@@ -227,16 +231,35 @@ impl Reconciler {
     /// explains is removed, and the filter made to cover what is.
     pub fn adopt(&mut self, found: Found) -> Vec<Op> {
         let mut ops = Vec::new();
-        for (id, number) in &found.services {
+        let mut by_number: HashMap<u32, Vec<ServiceKey>> = HashMap::new();
+        for (id, number) in keys::runs_of(found.services) {
+            by_number.entry(number).or_default().push(id);
+        }
+        for (number, runs) in &by_number {
+            // A daemon that died amid a change of a range leaves it in pieces. The largest stands
+            // for the service until the next plan.
+            let largest = runs.iter().max_by_key(|id| (id.listen.ports.count(), **id));
+            let Some(id) = largest else {
+                continue;
+            };
             let record = found.records.get(number).copied();
             let claimed = record.is_some_and(|record| {
                 let (first, len) = ServiceRecord::unpack_table(record.table);
                 self.service_numbers.claim(*number) && self.space.claim(Region { first, len })
             });
             let Some(record) = record.filter(|_| claimed) else {
-                ops.push(Op::Withdraw { id: *id });
+                ops.extend(runs.iter().map(|id| Op::Withdraw { id: *id }));
                 continue;
             };
+            let is_any = |id: &ServiceKey| id.listen.ports == Ports::Any;
+            for run in runs {
+                let same = (run.listen.ip, run.protocol) == (id.listen.ip, id.protocol);
+                if same && is_any(run) == is_any(id) {
+                    self.keys.adopt(run, *number);
+                } else {
+                    ops.push(Op::Withdraw { id: *run });
+                }
+            }
             let (first, _) = ServiceRecord::unpack_table(record.table);
             let digest = found.tables.get(&first).map_or(0, |slots| digest_of(slots));
             self.services.insert(
@@ -290,8 +313,11 @@ impl Reconciler {
             );
         }
         for id in self.services.keys() {
-            self.filter.add(id.listen.ip(), LANE_VIP);
-            self.vips.entry(id.listen.ip()).or_default().0 += 1;
+            self.filter.add(id.listen.ip, LANE_VIP);
+            if id.listen.ports == Ports::Any {
+                self.filter.add(id.listen.ip, LANE_ANY_PORT);
+            }
+            self.vips.entry(id.listen.ip).or_default().0 += 1;
         }
         for (address, flags) in found.vips {
             match self.vips.get_mut(&address) {
@@ -358,6 +384,7 @@ impl Reconciler {
         hop: impl Fn(IpAddr) -> Option<Hop>,
         now: Instant,
     ) -> Result<Vec<Op>> {
+        let continued = self.rename(wanted, removed);
         let mut drafts = Vec::new();
         for service in wanted {
             match self.draft(service, now) {
@@ -366,18 +393,61 @@ impl Reconciler {
                     for draft in drafts {
                         self.discard(&draft);
                     }
+                    for (new, old) in continued {
+                        self.services
+                            .remove(&new)
+                            .map(|held| self.services.insert(old, held));
+                    }
                     return Err(error);
                 }
             }
         }
+        let removed: Vec<(ServiceKey, u32)> = removed
+            .iter()
+            .filter_map(|id| Some((*id, self.services.get(id)?.number)))
+            .collect();
+        let owners: Vec<(ServiceKey, u32)> = drafts
+            .iter()
+            .map(|draft| (draft.wanted.id, draft.number))
+            .collect();
+        let change = self.keys.change(&owners, &removed);
         let mut ops = Vec::new();
+        // First, so that the keys that come find room. A port that changes hands is not among
+        // them: its key is overwritten.
+        let withdrawn = change.withdrawn.into_iter();
+        ops.extend(withdrawn.map(|id| Op::Withdraw { id }));
         for draft in drafts {
             self.carry_out(draft, &hop, now, &mut ops);
         }
-        for id in removed {
-            self.remove(id, now, &mut ops);
+        let published = change.published.into_iter();
+        ops.extend(published.map(|(id, number)| Op::Publish { id, number }));
+        for (id, _) in removed {
+            self.remove(&id, now, &mut ops);
         }
         Ok(ops)
+    }
+
+    /// Gives services whose ports were changed their new keys; returns those, each with the former
+    /// one.
+    fn rename(
+        &mut self,
+        wanted: &[Service],
+        removed: &[ServiceKey],
+    ) -> HashMap<ServiceKey, ServiceKey> {
+        if removed.is_empty() {
+            return HashMap::new();
+        }
+        let is_held = |id: &&ServiceKey| self.services.contains_key(id);
+        let old: Vec<ServiceKey> = removed.iter().filter(is_held).copied().collect();
+        let wanted = wanted.iter().map(|service| &service.id);
+        let new: Vec<ServiceKey> = wanted.filter(|id| !is_held(id)).copied().collect();
+        let continued = model::successions(&old, &new);
+        for (new, old) in &continued {
+            if let Some(held) = self.services.remove(old) {
+                self.services.insert(*new, held);
+            }
+        }
+        continued
     }
 
     /// Numbers and room for one service, and its table if that has changed.
@@ -421,7 +491,7 @@ impl Reconciler {
                         anyhow!(
                             "service {:?}: backend {}: no room; raise limits.backends above {}",
                             wanted.name,
-                            backend.address,
+                            Endpoint(backend.address),
                             self.backend_numbers.limit
                         )
                     })?;
@@ -581,7 +651,7 @@ impl Reconciler {
                 record,
             });
         }
-        let address = wanted.id.listen.ip();
+        let address = wanted.id.listen.ip;
         let flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
         let vip = self.vips.entry(address).or_insert((0, u32::MAX));
         vip.0 += u32::from(draft.is_new);
@@ -591,27 +661,29 @@ impl Reconciler {
         }
         if draft.is_new {
             ops.extend(lanes(self.filter.add(address, LANE_VIP)));
-            ops.push(Op::Publish {
-                id: wanted.id,
-                number: held.number,
-            });
+            if wanted.id.listen.ports == Ports::Any {
+                ops.extend(lanes(self.filter.add(address, LANE_ANY_PORT)));
+            }
         }
         self.services.insert(wanted.id, held);
     }
 
-    /// Takes a service away, with its backends and, if it was the last on it, its VIP.
+    /// Takes a service away that no key leads to, with its backends and, if it was the last on it,
+    /// its VIP.
     fn remove(&mut self, id: &ServiceKey, now: Instant, ops: &mut Vec<Op>) {
         let Some(held) = self.services.remove(id) else {
             return;
         };
-        ops.push(Op::Withdraw { id: *id });
-        let address = id.listen.ip();
+        let address = id.listen.ip;
         if let Some(vip) = self.vips.get_mut(&address) {
             vip.0 -= 1;
             if vip.0 == 0 {
                 self.vips.remove(&address);
                 ops.push(Op::RemoveVip { address });
             }
+        }
+        if id.listen.ports == Ports::Any {
+            ops.extend(lanes(self.filter.remove(address, LANE_ANY_PORT)));
         }
         ops.extend(lanes(self.filter.remove(address, LANE_VIP)));
         ops.push(Op::Service {
