@@ -5,6 +5,7 @@ mod commands;
 mod daemon;
 mod failover;
 mod flows;
+mod listeners;
 mod nexthops;
 mod support;
 mod timeouts;
