@@ -561,7 +561,7 @@ fn maps_are_read_and_removed_without_a_daemon() {
         command
     };
     let removed = prints(detach());
-    assert!(removed.contains("removed map backends"), "{removed}");
+    assert!(removed.contains(&format!("maps from {path}")), "{removed}");
     assert!(!pins.0.exists());
     assert_eq!(prints(detach()), format!("nothing to remove in {path}\n"));
 }

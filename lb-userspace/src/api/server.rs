@@ -161,8 +161,13 @@ async fn bind_control_socket(path: &Path) -> Result<UnixListener> {
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    fs::create_dir_all(directory)
-        .with_context(|| format!("control socket {shown}: cannot make its directory"))?;
+    if let Err(error) = fs::create_dir_all(directory) {
+        if error.kind() == ErrorKind::PermissionDenied {
+            bail!("control socket {shown}: no permission; run as root");
+        }
+        return Err(error)
+            .with_context(|| format!("control socket {shown}: cannot make its directory"));
+    }
     // Two daemons that start at once must not both find the file stale: whoever holds the
     // directory's lock looks and binds in one go.
     let lock = File::open(directory)
@@ -188,6 +193,9 @@ async fn bind_control_socket(path: &Path) -> Result<UnixListener> {
                 bail!(
                     "control socket {shown}: something else is there; remove it or set daemon.socket"
                 );
+            }
+            if error.kind() == ErrorKind::PermissionDenied {
+                bail!("control socket {shown}: no permission; run as root");
             }
             if error.kind() != ErrorKind::ConnectionRefused {
                 return Err(error).with_context(|| {

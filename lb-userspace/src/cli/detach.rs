@@ -1,6 +1,6 @@
 //! `sluice detach`.
 
-use super::{Context, stop};
+use super::{Context, output::plural, stop};
 use crate::{
     api::client::{Client, NoDaemon},
     config::{Config, Daemon},
@@ -59,8 +59,15 @@ impl Args {
         if removed.is_empty() {
             text.push_str(&format!("nothing to remove in {}\n", path.display()));
         }
-        for object in removed {
+        let (maps, others): (Vec<_>, Vec<_>) = removed
+            .iter()
+            .partition(|object| object.starts_with("map "));
+        for object in others {
             text.push_str(&format!("removed {object}\n"));
+        }
+        if !maps.is_empty() {
+            let maps = plural(maps.len(), "map");
+            text.push_str(&format!("removed {maps} from {}\n", path.display()));
         }
         Ok(text)
     }

@@ -86,10 +86,22 @@ fn show(status: &types::Status, wide: bool, colour: bool) -> String {
             count(program.verified_instructions.into()).into(),
         ]);
     }
-    for table in [interfaces, programs, maps(&status.maps, wide)] {
+    let shown: Vec<_> = status
+        .maps
+        .iter()
+        .filter(|map| wide || says_something(map))
+        .cloned()
+        .collect();
+    for table in [interfaces, programs, maps(&shown, wide)] {
         let _ = write!(text, "\n{}", table.render(colour));
     }
     text
+}
+
+/// Whether a map is one of those that fill with use and are sized by `[limits]`; the others follow
+/// from these, or cannot be full.
+fn says_something(map: &types::MapStatus) -> bool {
+    ["flows4", "flows6", "services", "backends", "slots"].contains(&map.name.as_str())
 }
 
 /// How full the maps are; `wide` gives exact numbers.

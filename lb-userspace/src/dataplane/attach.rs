@@ -122,43 +122,13 @@ impl XdpState {
 ///
 /// By rtnetlink (`RTM_GETLINK`), since a BPF link does not tell its mode.
 pub fn xdp_state(ifindex: u32) -> io::Result<XdpState> {
-    const HEADER: usize = 16; // struct nlmsghdr
-    const IFINFOMSG: usize = 16; // struct ifinfomsg
-    // SAFETY: a plain system call; the descriptor is ours alone.
-    let socket = unsafe {
-        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-        let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        OwnedFd::from_raw_fd(fd)
-    };
-    let mut request = [0u8; HEADER + IFINFOMSG];
-    request[0..4].copy_from_slice(&((HEADER + IFINFOMSG) as u32).to_ne_bytes());
-    request[4..6].copy_from_slice(&libc::RTM_GETLINK.to_ne_bytes());
-    request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
-    request[HEADER + 4..HEADER + 8].copy_from_slice(&ifindex.to_ne_bytes());
-    let mut answer = vec![0u8; 1 << 16];
-    // SAFETY: both buffers are valid for the lengths given.
-    let received = unsafe {
-        let fd = socket.as_raw_fd();
-        if libc::send(fd, request.as_ptr().cast(), request.len(), 0) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0)
-    };
-    let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
-    let short = || io::Error::new(io::ErrorKind::UnexpectedEof, "short answer from rtnetlink");
-    let message = answer.get(..received).ok_or_else(short)?;
-    if message.len() < HEADER + IFINFOMSG {
-        return Err(short());
-    }
-    if message[4..6] == (libc::NLMSG_ERROR as u16).to_ne_bytes() {
-        let error = i32::from_ne_bytes([message[16], message[17], message[18], message[19]]);
-        return Err(io::Error::from_raw_os_error(-error));
-    }
+    Ok(xdp_of(&link_attributes(ifindex, None)?))
+}
+
+/// The XDP programs that the attributes of a link tell of.
+fn xdp_of(link: &[u8]) -> XdpState {
     let mut state = XdpState::default();
-    for (kind, payload) in attributes(&message[HEADER + IFINFOMSG..]) {
+    for (kind, payload) in attributes(link) {
         if kind != libc::IFLA_XDP {
             continue;
         }
@@ -181,7 +151,74 @@ pub fn xdp_state(ifindex: u32) -> io::Result<XdpState> {
             _ => {}
         }
     }
-    Ok(state)
+    state
+}
+
+/// Whether interface `ifindex` is one end of a veth whose other end has no XDP program in the
+/// driver. Such an end takes nothing that XDP sends, and nobody is told (`veth_xdp_xmit` in the
+/// kernel's `drivers/net/veth.c`).
+pub(super) fn sends_into_the_void(ifindex: u32) -> io::Result<bool> {
+    let link = link_attributes(ifindex, None)?;
+    let number = |wanted| {
+        let (_, payload) = attributes(&link).find(|(kind, _)| *kind == wanted)?;
+        payload.first_chunk().map(|b| u32::from_ne_bytes(*b))
+    };
+    let is_veth = attributes(&link)
+        .filter(|(kind, _)| *kind == libc::IFLA_LINKINFO)
+        .flat_map(|(_, info)| attributes(info))
+        .any(|(kind, name)| kind == libc::IFLA_INFO_KIND && name.starts_with(b"veth\0"));
+    let (true, Some(peer)) = (is_veth, number(libc::IFLA_LINK)) else {
+        return Ok(false);
+    };
+    let other = link_attributes(peer, number(libc::IFLA_LINK_NETNSID))?;
+    Ok(xdp_of(&other).driver.is_none())
+}
+
+/// The attributes of interface `ifindex` (`RTM_GETLINK`), in this network namespace or the one
+/// this one knows by the number `namespace`.
+fn link_attributes(ifindex: u32, namespace: Option<u32>) -> io::Result<Vec<u8>> {
+    const HEADER: usize = 16; // struct nlmsghdr
+    const IFINFOMSG: usize = 16; // struct ifinfomsg
+    // SAFETY: a plain system call; the descriptor is ours alone.
+    let socket = unsafe {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+        let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let mut request = vec![0u8; HEADER + IFINFOMSG];
+    request[4..6].copy_from_slice(&libc::RTM_GETLINK.to_ne_bytes());
+    request[6..8].copy_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    request[HEADER + 4..HEADER + 8].copy_from_slice(&ifindex.to_ne_bytes());
+    if let Some(namespace) = namespace {
+        request.extend(8_u16.to_ne_bytes());
+        request.extend(libc::IFLA_TARGET_NETNSID.to_ne_bytes());
+        request.extend(namespace.to_ne_bytes());
+    }
+    let length = request.len() as u32;
+    request[0..4].copy_from_slice(&length.to_ne_bytes());
+    let mut answer = vec![0u8; 1 << 16];
+    // SAFETY: both buffers are valid for the lengths given.
+    let received = unsafe {
+        let fd = socket.as_raw_fd();
+        if libc::send(fd, request.as_ptr().cast(), request.len(), 0) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0)
+    };
+    let received = usize::try_from(received).map_err(|_| io::Error::last_os_error())?;
+    let short = || io::Error::new(io::ErrorKind::UnexpectedEof, "short answer from rtnetlink");
+    let message = answer.get(..received).ok_or_else(short)?;
+    if message.len() < HEADER + IFINFOMSG {
+        return Err(short());
+    }
+    if message[4..6] == (libc::NLMSG_ERROR as u16).to_ne_bytes() {
+        let error = i32::from_ne_bytes([message[16], message[17], message[18], message[19]]);
+        return Err(io::Error::from_raw_os_error(-error));
+    }
+    Ok(message[HEADER + IFINFOMSG..].to_vec())
 }
 
 /// Splits netlink attributes into their types and payloads.

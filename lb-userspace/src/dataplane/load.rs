@@ -42,6 +42,10 @@ pub struct Dataplane {
     adopted: bool,
 }
 
+/// Why a veth gets generic mode.
+const VETH_WITHOUT_XDP: &str =
+    "it is a veth, and the other end, without an XDP program, takes nothing that the driver sends";
+
 impl Dataplane {
     /// Brings up the data plane that `daemon` and `limits` describe: takes over what is pinned in
     /// `pin_path` if it is ours and of the same shape, or makes it anew.
@@ -188,6 +192,9 @@ impl Dataplane {
 
     /// Attaches the program to interface `name`, or leaves it where it is if it is attached there
     /// as `wanted` asks.
+    ///
+    /// Anew, `Auto` takes generic mode on a veth whose other end has no XDP program: in the driver
+    /// every packet sent there would be lost.
     pub fn attach(&mut self, name: &str, wanted: AttachMode) -> Result<Attached> {
         let ifindex = attach::interface_index(name)?;
         let mut before = None;
@@ -210,7 +217,17 @@ impl Dataplane {
             // The kernel allows one mode at a time.
             self.detach(name)?;
         }
-        let result = self.attach_new(name, ifindex, wanted);
+        // What cannot be found out is not held against the driver.
+        let lost = attach::sends_into_the_void(ifindex).unwrap_or(false);
+        let result = if lost && wanted == AttachMode::Auto {
+            self.attach_new(name, ifindex, AttachMode::Generic)
+                .map(|attached| Attached {
+                    fallback: Some(VETH_WITHOUT_XDP.to_owned()),
+                    ..attached
+                })
+        } else {
+            self.attach_new(name, ifindex, wanted)
+        };
         if result.is_err()
             && let Some(mode) = before
         {

@@ -556,7 +556,7 @@ fn attachments_outlive_the_daemon_and_are_replaced_in_place() {
         }
         let mut first = pins.open_on(&["slc1", "slc.2", "slc3"]);
         for name in ["slc1", "slc.2", "slc3"] {
-            let attached = first.attach(name, AttachMode::Auto).unwrap();
+            let attached = first.attach(name, AttachMode::Driver).unwrap();
             assert_eq!((attached.mode, attached.fallback), (Mode::Driver, None));
         }
         let old = first.programs().unwrap()[0].id;
@@ -644,7 +644,7 @@ fn an_interface_that_went_and_came_back() {
         veth("slc1");
         first.attach("slc1", AttachMode::Auto).unwrap();
         let program = first.programs().unwrap()[0].id;
-        assert_eq!(program_on("slc1").driver, Some(program));
+        assert_eq!(program_on("slc1").generic, Some(program));
         ip("link del slc1");
         drop(first);
 
@@ -653,7 +653,62 @@ fn an_interface_that_went_and_came_back() {
         assert!(second.adopted());
         second.attach("slc1", AttachMode::Auto).unwrap();
         let program = second.programs().unwrap()[0].id;
-        assert_eq!(program_on("slc1").driver, Some(program));
+        assert_eq!(program_on("slc1").generic, Some(program));
+    });
+}
+
+#[test]
+fn auto_does_not_send_into_a_veth_that_takes_nothing() {
+    in_namespace(|| {
+        let pins = Pins::new();
+        veth("slc1");
+        let mut dataplane = pins.open_on(&["slc1"]);
+        let attached = dataplane.attach("slc1", AttachMode::Auto).unwrap();
+        let why = attached.fallback.unwrap();
+        assert_eq!(attached.mode, Mode::Generic);
+        assert!(why.starts_with("it is a veth, and the other end"), "{why}");
+        dataplane.detach("slc1").unwrap();
+
+        let stub = attach_stub("slc1-p").unwrap();
+        let attached = dataplane.attach("slc1", AttachMode::Auto).unwrap();
+        assert_eq!((attached.mode, attached.fallback), (Mode::Driver, None));
+        dataplane.detach("slc1").unwrap();
+        drop(stub);
+
+        // The other end is elsewhere, as a container's host end is.
+        let (tell, hear) = std::sync::mpsc::channel();
+        let (moved, go_on) = std::sync::mpsc::channel();
+        let (done, end) = std::sync::mpsc::channel();
+        let elsewhere = thread::spawn(move || {
+            // SAFETY: a plain system call; it concerns this thread only.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+            // SAFETY: always succeeds.
+            tell.send(unsafe { libc::gettid() }).unwrap();
+            for _ in 0..2 {
+                let _: () = go_on.recv().unwrap();
+            }
+            ip("link set slc1-p up");
+            let stub = attach_stub("slc1-p").unwrap();
+            done.send(()).unwrap();
+            let _ = go_on.recv();
+            drop(stub);
+        });
+        let place = format!(
+            "/proc/{}/task/{}/ns/net",
+            std::process::id(),
+            hear.recv().unwrap()
+        );
+        ip(&format!("link set slc1-p netns {place}"));
+        moved.send(()).unwrap();
+        let attached = dataplane.attach("slc1", AttachMode::Auto).unwrap();
+        assert_eq!(attached.mode, Mode::Generic);
+        dataplane.detach("slc1").unwrap();
+        moved.send(()).unwrap();
+        end.recv().unwrap();
+        let attached = dataplane.attach("slc1", AttachMode::Auto).unwrap();
+        assert_eq!(attached.mode, Mode::Driver);
+        drop(moved);
+        elsewhere.join().unwrap();
     });
 }
 
@@ -683,7 +738,7 @@ fn pins_of_another_namespace_are_not_used() {
         let pins = Pins::new();
         veth("slc1");
         let mut first = pins.open_on(&["slc1"]);
-        first.attach("slc1", AttachMode::Auto).unwrap();
+        first.attach("slc1", AttachMode::Driver).unwrap();
         let program = first.programs().unwrap()[0].id;
         drop(first);
         let daemon = pins.daemon(&["slc1"]);
