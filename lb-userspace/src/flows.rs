@@ -12,6 +12,7 @@ use lb_common::{
     addr::{Address, to_ip},
     backend::{Backend, Load},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    service::forward,
 };
 use std::{
     collections::HashMap as StdHashMap,
@@ -102,7 +103,7 @@ pub struct Connection {
     pub client: SocketAddr,
     /// VIP.
     pub vip: SocketAddr,
-    /// The balancer's address towards the backend.
+    /// The source that the backend sees: in `nat` the balancer's, else the client's.
     pub nat_source: SocketAddr,
     /// Backend.
     pub backend: SocketAddr,
@@ -288,8 +289,8 @@ impl Flows {
     ///
     /// When the kernel refuses to list the entries.
     pub fn each(&self, mut f: impl FnMut(&Connection) -> bool) -> Result<()> {
-        if each_of(&self.flows4, &mut f)? {
-            each_of(&self.flows6, &mut f)?;
+        if each_of(&self.flows4, &self.backends, &mut f)? {
+            each_of(&self.flows6, &self.backends, &mut f)?;
         }
         Ok(())
     }
@@ -297,6 +298,7 @@ impl Flows {
 
 fn each_of<A>(
     flows: &HashMap<FlowKey<A>, Flow<A>>,
+    backends: &SharedArray<Backend>,
     f: &mut impl FnMut(&Connection) -> bool,
 ) -> Result<bool>
 where
@@ -317,7 +319,9 @@ where
                 client: address(key.src, key.sport),
                 vip: address(key.dst, key.dport),
                 nat_source: address(flow.src, flow.sport),
-                backend: address(flow.dst, flow.dport),
+                backend: destination(flow, || {
+                    (flow.backend < backends.len()).then(|| backends.read(flow.backend))
+                }),
                 backend_number: flow.backend,
                 service_number: flow.service,
                 silent,
@@ -325,6 +329,19 @@ where
         }
     })?;
     Ok(go_on)
+}
+
+/// Where the packets of a client's flow go. Where they keep the VIP as their destination, the
+/// backend's record knows; unless it is another backend's by now.
+fn destination<A: Address>(flow: &Flow<A>, record: impl Fn() -> Option<Backend>) -> SocketAddr {
+    if !forward::translates(flow.forward)
+        && let Some(backend) = record()
+        && backend.generation == flow.generation
+    {
+        let port = u16::from_be(flow.dport);
+        return SocketAddr::new(to_ip(backend.family, &backend.addr), port);
+    }
+    address(flow.dst, flow.dport)
 }
 
 fn address<A: Address>(address: A, port: u16) -> SocketAddr {
@@ -343,6 +360,39 @@ mod tests {
         assert_eq!(ticks(Duration::from_secs(1)), 954);
         assert_eq!(ticks(Duration::MAX), u32::MAX / 2);
         assert!((seconds(ticks(Duration::from_secs(900))) - 900.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn a_flow_that_keeps_the_vip_shows_its_backend() {
+        use bytemuck::Zeroable as _;
+        use lb_common::addr::{FAMILY_V6, from_ip, from_ipv4};
+        let vip = from_ipv4("198.51.100.10".parse().unwrap());
+        let flow = |forward| Flow {
+            dst: vip,
+            dport: 80_u16.to_be(),
+            generation: 7,
+            forward,
+            ..Flow::zeroed()
+        };
+        let record = |generation| Backend {
+            addr: from_ip("2001:db8::11".parse().unwrap()),
+            family: FAMILY_V6,
+            generation,
+            ..Backend::zeroed()
+        };
+        let shown =
+            |mode, generation| destination(&flow(mode), || Some(record(generation))).to_string();
+        for mode in [forward::DSR, forward::IPIP, forward::GUE] {
+            assert_eq!(shown(mode, 7), "[2001:db8::11]:80");
+            assert_eq!(
+                shown(mode, 8),
+                "198.51.100.10:80",
+                "another's record by now"
+            );
+        }
+        for mode in [forward::NAT, forward::DNAT] {
+            assert_eq!(shown(mode, 7), "198.51.100.10:80");
+        }
     }
 
     #[test]

@@ -103,7 +103,7 @@ pub struct Connection {
     pub virtual_address: String,
     /// Backend's `address:port`.
     pub destination: String,
-    /// The balancer's own `address:port` towards the backend (`nat`).
+    /// The source `address:port` that the backend sees: in `nat` the balancer's, else the client's.
     pub nat_source: String,
     /// Service name.
     pub service: String,

@@ -101,7 +101,16 @@ fn show(status: &types::Status, wide: bool, colour: bool) -> String {
 /// Whether a map is one of those that fill with use and are sized by `[limits]`; the others follow
 /// from these, or cannot be full.
 fn says_something(map: &types::MapStatus) -> bool {
-    ["flows4", "flows6", "services", "backends", "slots"].contains(&map.name.as_str())
+    [
+        "flows4",
+        "flows6",
+        "services",
+        "services4",
+        "services6",
+        "backends",
+        "slots",
+    ]
+    .contains(&map.name.as_str())
 }
 
 /// How full the maps are; `wide` gives exact numbers.
