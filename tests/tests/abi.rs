@@ -4,6 +4,7 @@
 use lb_common::{
     abi::Settings,
     backend::{Backend, Load, Slot},
+    decap,
     flow::{Flow, FlowKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
@@ -56,6 +57,22 @@ fn layouts() -> Vec<Layout> {
                 gue_port: u16,
                 reserved0: u16,
                 reserved: [u32; 3],
+            }
+        ),
+        layout!(
+            "Settings",
+            decap::Settings {
+                magic: u64,
+                abi_version: u32,
+                port: u16,
+                reserved: u16,
+            }
+        ),
+        layout!(
+            "Counter",
+            decap::Counter {
+                packets: u64,
+                bytes: u64
             }
         ),
         layout!("Vip", Vip { flags: u32 }),
@@ -151,7 +168,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 17] = [
+const MAPS: [(&str, &str, &str); 21] = [
     ("settings", "4", "Settings"),
     ("address_filter", "4", "8"),
     ("vips4", "4", "Vip"),
@@ -173,6 +190,10 @@ const MAPS: [(&str, &str, &str); 17] = [
     ("backend_stats", "4", "Counters"),
     ("drops", "4", "8"),
     ("interfaces", "4", "Interface"),
+    ("decap_settings", "4", "Settings"),
+    ("decap_addrs4", "4", "4"),
+    ("decap_addrs6", "16", "4"),
+    ("decap_stats", "4", "Counter"),
 ];
 
 /// Maps whose values nobody but the kernel or the program itself reads.
@@ -210,10 +231,16 @@ fn shared_structures_have_the_same_layout_on_both_sides() {
             let Type::Struct(theirs) = btf.of_map(map, part) else {
                 continue;
             };
+            // Both programs have a `Settings`.
             let ours = layouts
                 .iter()
-                .find(|l| l.name == theirs.name)
-                .unwrap_or_else(|| panic!("{} of map {map} is not listed here", theirs.name));
+                .find(|l| l.name == theirs.name && l.size == theirs.size as usize)
+                .unwrap_or_else(|| {
+                    panic!(
+                        "{} of map {map} is not listed here in this size",
+                        theirs.name
+                    )
+                });
             compare(&btf, ours, theirs);
             compared.push(ours.name);
         }

@@ -298,6 +298,13 @@ fn running_maps_keep_their_size() {
         ),
         (
             Limits {
+                listeners: 65,
+                ..LIMITS
+            },
+            "limits.listeners is 65 but the running map services4 was made for 64",
+        ),
+        (
+            Limits {
                 backends: 31,
                 ..LIMITS
             },

@@ -383,3 +383,66 @@ proptest! {
         }
     }
 }
+
+/// A key on the first VIP.
+fn on(ports: Ports) -> ServiceKey {
+    ServiceKey {
+        listen: Listen {
+            ip: IpAddr::from([198, 51, 100, 10]),
+            ports,
+        },
+        protocol: Protocol::Tcp,
+    }
+}
+
+#[test]
+fn a_range_continues_the_one_it_shares_most_ports_with() {
+    let (low, high) = (on(Ports::Range(10, 19)), on(Ports::Range(20, 29)));
+    for (after, expected) in [
+        (vec![on(Ports::Range(10, 20))], vec![(0, low)]),
+        (vec![on(Ports::Range(19, 29))], vec![(0, high)]),
+        (vec![on(Ports::One(25))], vec![(0, high)]),
+        (vec![on(Ports::Range(30, 39))], vec![]),
+        (vec![on(Ports::Any)], vec![]),
+        // One that stays is nobody else's past.
+        (vec![low, on(Ports::Range(20, 20))], vec![(1, high)]),
+        // Each continues at most one, and each is continued once.
+        (
+            vec![on(Ports::Range(10, 12)), on(Ports::Range(13, 29))],
+            vec![(0, low), (1, high)],
+        ),
+    ] {
+        let expected: HashMap<ServiceKey, ServiceKey> = expected
+            .into_iter()
+            .map(|(new, old): (usize, ServiceKey)| (after[new], old))
+            .collect();
+        assert_eq!(successions(&[low, high], &after), expected, "{after:?}");
+    }
+    let udp = ServiceKey {
+        protocol: Protocol::Udp,
+        ..low
+    };
+    assert!(successions(&[low], &[udp]).is_empty());
+    assert!(successions(&[on(Ports::Any)], &[low]).is_empty());
+}
+
+#[test]
+fn backends_of_a_range_that_is_resized_keep_their_state() {
+    let now = Instant::now();
+    let range = |ports: &str| config(&TEXT.replace("10:80\"", &format!("10:{ports}\"")));
+    let mut model = Model::new();
+    model.configure(&range("70-80").services, now);
+    let key = |ports| BackendKey {
+        service: on(ports),
+        address: a().address,
+    };
+    let before = key(Ports::Range(70, 80));
+    model.set_path(before.address.ip(), Path::Open, |_| None, now);
+    model.check_result(before, result(true), now);
+    assert_eq!(model.backend(before).unwrap().state(), State::Up);
+    model.configure(&range("80-80").services, now);
+    assert_eq!(model.backend(a()).unwrap().state(), State::Up);
+    model.configure(&range("90-99").services, now);
+    let new = key(Ports::Range(90, 99));
+    assert_eq!(model.backend(new).unwrap().state(), State::Starting);
+}

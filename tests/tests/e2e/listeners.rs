@@ -208,7 +208,7 @@ fn every_port_is_served_where_nobody_else_listens() {
     count.ok();
 }
 
-/// As many services as the limits allow by default, and a reload that changes all of them.
+/// Thousands of services beside the largest range there is, and a reload that changes all of them.
 #[test]
 fn thousands_of_services_are_served() {
     const EACH: u16 = 2048;
@@ -216,7 +216,7 @@ fn thousands_of_services_are_served() {
     let topology = topology();
     let head = topology
         .daemon_section()
-        .replace("services = 64", "services = 4096")
+        .replace("services = 64", "services = 4098\nlisteners = 70000")
         .replace("backends = 256", "backends = 16384")
         .replace("slots = 1048576", "slots = 4194304");
     let text = |scheduler: &str| {
@@ -232,31 +232,37 @@ fn thousands_of_services_are_served() {
             );
             text += &service.replace("scheduler = \"round-robin\"\n", "");
         }
-        text
+        text + &on_ports(&topology, "all", "udp", "1-65535", None, "")
     };
     let config = topology.config("sluice.toml", &text("round-robin"));
     let daemon = topology.daemon(&config);
-    topology.wait_backends_up(None, 4 * usize::from(EACH));
+    topology.wait_backends_up(None, 4 * usize::from(EACH) + 4);
     let list = topology.json(&["service", "list"]);
-    assert_eq!(list.as_array().map_or(0, Vec::len), 2 * usize::from(EACH));
+    assert_eq!(
+        list.as_array().map_or(0, Vec::len),
+        2 * usize::from(EACH) + 2
+    );
     for port in [FIRST, FIRST + EACH / 2, FIRST + EACH - 1] {
         answers(&topology, port);
     }
-    assert_eq!(keys(&topology, "services6").len(), usize::from(EACH));
+    let ports = usize::from(EACH) + 65535;
+    assert_eq!(keys(&topology, "services6").len(), ports);
 
     std::fs::write(&config, text("source-hash")).expect("our own file");
     topology.signal(daemon, libc::SIGHUP);
     wait_until("the new scheduler everywhere", || {
         let list = topology.json(&["service", "list"]);
         let list = list.as_array().expect("a listing is an array").clone();
-        list.iter().all(|s| s["scheduler"] == "source-hash")
+        list.iter()
+            .filter(|s| s["protocol"] == "tcp")
+            .all(|s| s["scheduler"] == "source-hash")
     });
     answers(&topology, FIRST + EACH - 1);
 
     // The next daemon finds all of it.
     topology.kill(daemon);
     topology.daemon(&config);
-    topology.wait_backends_up(None, 4 * usize::from(EACH));
+    topology.wait_backends_up(None, 4 * usize::from(EACH) + 4);
     answers(&topology, FIRST + 1);
     assert_eq!(topology.json(&["status"])["adopted"], true);
 }
