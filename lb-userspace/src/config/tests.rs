@@ -76,9 +76,11 @@ fn the_full_example_says_what_it_says() {
     assert_eq!(config.daemon.interfaces, ["eth0", "eth1"]);
     assert_eq!(config.daemon.http, Some("127.0.0.1:9099".parse().unwrap()));
     assert_eq!(config.daemon.nat_ports, Some((1024, 32767)));
-    let [web, web6, dns, media, lab] = &config.services[..] else {
-        panic!("five services");
+    let [web, web6, dns, media, lab, tunnelled] = &config.services[..] else {
+        panic!("six services");
     };
+    assert_eq!(tunnelled.forward, forward::GUE);
+    assert!(tunnelled.backends[1].address.ip().is_ipv6());
     assert_eq!(web.scheduler, scheduler::ROUND_ROBIN);
     assert_eq!(web.on_backend_down, on_backend_down::RESET);
     assert_eq!(web.connect_timeout, Some(Duration::from_secs(3)));

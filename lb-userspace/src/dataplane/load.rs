@@ -432,8 +432,9 @@ fn program_error(name: &str, error: ProgramError) -> anyhow::Error {
 fn kernel_hint() -> String {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
-    if is_older(release, (5, 15)) {
-        format!(" (kernel {release}; Sluice needs 5.15 or its features)")
+    // The helper bpf_xdp_load_bytes.
+    if is_older(release, (5, 18)) {
+        format!(" (kernel {release}; Sluice needs 5.18 or its features)")
     } else {
         String::new()
     }
