@@ -129,12 +129,12 @@ async fn start(options: &Options) -> Result<Running> {
 /// What the program needs to know of each address: those the host holds may be the outer destination,
 /// `vips` the inner; without `vips` it is the same set.
 ///
-/// Loopback addresses are in neither, since packets to them never come from outside.
+/// Loopback and link-local addresses are in neither: no balancer sends to them.
 fn roles(held: &HashSet<IpAddr>, vips: &[IpAddr]) -> BTreeMap<IpAddr, u32> {
     let inside = if vips.is_empty() { VIP } else { 0 };
     let mut roles: BTreeMap<IpAddr, u32> = held
         .iter()
-        .filter(|address| !address.is_loopback())
+        .filter(|address| !address.is_loopback() && !is_link_local(**address))
         .map(|address| (*address, HELD | inside))
         .collect();
     for vip in vips {
@@ -143,9 +143,17 @@ fn roles(held: &HashSet<IpAddr>, vips: &[IpAddr]) -> BTreeMap<IpAddr, u32> {
     roles
 }
 
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
 fn check_vips(vips: &[IpAddr]) -> Result<()> {
     for vip in vips {
-        if vip.is_loopback() || vip.is_unspecified() || vip.is_multicast() {
+        let nobodys = vip.is_loopback() || vip.is_unspecified() || vip.is_multicast();
+        if nobodys || is_link_local(*vip) {
             bail!("--vip {vip}: not an address a service can have for clients on other hosts");
         }
     }
@@ -186,7 +194,14 @@ mod tests {
 
     #[test]
     fn without_vips_every_address_of_the_host_is_one() {
-        let held = set(&["127.0.0.1", "::1", "198.18.0.11", "203.0.113.80"]);
+        let held = set(&[
+            "127.0.0.1",
+            "::1",
+            "fe80::1",
+            "169.254.0.1",
+            "198.18.0.11",
+            "203.0.113.80",
+        ]);
         let roles = roles(&held, &[]);
         assert_eq!(
             roles,
@@ -213,7 +228,15 @@ mod tests {
 
     #[test]
     fn addresses_that_nobody_can_ask_for_are_refused() {
-        for bad in ["127.0.0.1", "::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
+        for bad in [
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "::",
+            "224.0.0.1",
+            "ff02::1",
+            "fe80::1",
+        ] {
             let error = check_vips(&[ip(bad)]).unwrap_err().to_string();
             assert!(error.starts_with(&format!("--vip {bad}: ")), "{error}");
         }

@@ -1,16 +1,19 @@
 //! `sluice decap` with real connections: a client whose packets reach the backend encapsulated, and
 //! a backend that answers it directly.
 
+mod balanced;
+mod client;
+
+use client::{Encapsulation, encapsulate};
 use sluice::dataplane::attach_stub;
 use sluice_tests::{
     packet::Family,
     topology::{Options, Ran, Topology, VIP4, VIP6, finish, sluice_bin, url, wait_until},
 };
 use std::{
-    fs::{self, File},
-    io::{self, Read as _, Write as _},
+    fs,
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::Path,
     time::Duration,
 };
@@ -23,143 +26,6 @@ fn vip(family: Family) -> IpAddr {
         Family::V4 => VIP4.into(),
         Family::V6 => VIP6.into(),
     }
-}
-
-/// The outer packet of an encapsulation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Encapsulation {
-    Ipip,
-    /// Version 1 of GUE, to this port.
-    Gue(u16),
-}
-
-/// Makes a TUN device `tun0` in the network namespace of this thread. With `partial`, packets come
-/// out of it without finished checksums, as a veth carries them.
-fn open_tun(partial: bool) -> io::Result<File> {
-    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-    const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
-    const TUN_F_CSUM: libc::c_ulong = 1;
-    let tun = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")?;
-    // struct ifreq: name and flags.
-    let mut request = [0u8; 40];
-    request[..4].copy_from_slice(b"tun0");
-    let mut flags = libc::IFF_TUN | libc::IFF_NO_PI;
-    if partial {
-        flags |= libc::IFF_VNET_HDR;
-    }
-    request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
-    // SAFETY: the record is as long as the kernel reads and writes.
-    if unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: takes a plain number.
-    if partial && unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETOFFLOAD, TUN_F_CSUM) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(tun)
-}
-
-/// Bytes of `struct virtio_net_hdr` in front of each packet of a TUN with `IFF_VNET_HDR`.
-const VNET_HEADER: usize = 10;
-
-fn socket(to: IpAddr, kind: i32, protocol: i32) -> OwnedFd {
-    let domain = if to.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
-    };
-    // SAFETY: a plain system call; the descriptor is ours alone.
-    unsafe {
-        let fd = libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol);
-        assert!(fd >= 0, "socket: {}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd)
-    }
-}
-
-fn connect(socket: &OwnedFd, to: SocketAddr) {
-    let result = match to {
-        SocketAddr::V4(to) => {
-            let address = libc::sockaddr_in {
-                sin_family: libc::AF_INET as u16,
-                sin_port: to.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from_ne_bytes(to.ip().octets()),
-                },
-                sin_zero: [0; 8],
-            };
-            // SAFETY: the address is valid for the length given.
-            unsafe {
-                libc::connect(
-                    socket.as_raw_fd(),
-                    (&raw const address).cast(),
-                    size_of_val(&address) as u32,
-                )
-            }
-        }
-        SocketAddr::V6(to) => {
-            let address = libc::sockaddr_in6 {
-                sin6_family: libc::AF_INET6 as u16,
-                sin6_port: to.port().to_be(),
-                sin6_flowinfo: 0,
-                sin6_addr: libc::in6_addr {
-                    s6_addr: to.ip().octets(),
-                },
-                sin6_scope_id: 0,
-            };
-            // SAFETY: as above.
-            unsafe {
-                libc::connect(
-                    socket.as_raw_fd(),
-                    (&raw const address).cast(),
-                    size_of_val(&address) as u32,
-                )
-            }
-        }
-    };
-    assert_eq!(result, 0, "connect: {}", io::Error::last_os_error());
-}
-
-/// Lets the client's packets for the VIPs go to the backend at `outer`, encapsulated.
-fn encapsulate(net: &Topology, outer: IpAddr, how: Encapsulation, partial: bool) {
-    let (sender, opened) = std::sync::mpsc::channel();
-    net.background("client", move || {
-        let mut tun = open_tun(partial).expect("a TUN device");
-        // The kernel writes the outer IP header, and the UDP header.
-        let sockets = match how {
-            Encapsulation::Ipip => [libc::IPPROTO_IPIP, libc::IPPROTO_IPV6].map(|protocol| {
-                let socket = socket(outer, libc::SOCK_RAW, protocol);
-                connect(&socket, SocketAddr::new(outer, 0));
-                socket
-            }),
-            Encapsulation::Gue(port) => [(); 2].map(|()| {
-                let socket = socket(outer, libc::SOCK_DGRAM, 0);
-                connect(&socket, SocketAddr::new(outer, port));
-                socket
-            }),
-        };
-        sender.send(()).expect("the test waits");
-        let mut packet = vec![0; 65536];
-        // Ends when the namespace goes, and the device with it.
-        while let Ok(len) = tun.read(&mut packet) {
-            let inner = &packet[if partial { VNET_HEADER } else { 0 }..len];
-            let socket = &sockets[usize::from(inner[0] >> 4 == 6)];
-            // SAFETY: the buffer is valid for the length given.
-            unsafe {
-                libc::send(socket.as_raw_fd(), inner.as_ptr().cast(), inner.len(), 0);
-            }
-        }
-    });
-    opened.recv().expect("the TUN device was made");
-    let ip = |args: &[&str]| net.run("client", "ip", args).ok();
-    // Leaves room for the outer headers.
-    ip(&["link", "set", "tun0", "mtu", "1400", "up"]);
-    let (v4, v6) = (net.v4("client").to_string(), net.v6("client").to_string());
-    let (vip4, vip6) = (VIP4.to_string(), VIP6.to_string());
-    ip(&["route", "add", &vip4, "dev", "tun0", "src", &v4]);
-    ip(&["route", "add", &vip6, "dev", "tun0", "src", &v6]);
 }
 
 fn hold_vips(net: &Topology) {
@@ -195,29 +61,30 @@ fn packets(net: &Topology, outcome: &str) -> u64 {
         .expect("a number")
 }
 
-fn has_xdp(net: &Topology) -> bool {
-    let text = net.run(BACKEND, "ip", &["link", "show", "eth0"]).ok();
+fn has_xdp(net: &Topology, host: &str) -> bool {
+    let text = net.run(host, "ip", &["link", "show", "eth0"]).ok();
     text.contains("xdp")
 }
 
-/// Starts `sluice decap` in the foreground and waits until it is attached.
-fn start(net: &Topology, args: &[&str]) -> u32 {
-    let mut command = net.command(BACKEND, sluice_bin());
+/// Starts `sluice decap` in the foreground on a host and waits until it is attached.
+fn start(net: &Topology, host: &str, args: &[&str]) -> u32 {
+    let label = format!("decap-{host}");
+    let mut command = net.command(host, sluice_bin());
     command
         .args(["decap", "eth0", "--pin-path"])
         .arg(net.pin_path())
         .args(args);
-    let pid = net.spawn("decap", command);
+    let pid = net.spawn(&label, command);
     wait_until("decap to be attached", || {
-        assert_eq!(net.exit_code(pid), None, "{}", net.log("decap"));
-        has_xdp(net)
+        assert_eq!(net.exit_code(pid), None, "{}", net.log(&label));
+        has_xdp(net, host)
     });
     pid
 }
 
 /// One connection that shows who the server takes the client for.
-fn peer_seen_by_backend(net: &Topology, family: Family) -> IpAddr {
-    let address = SocketAddr::new(vip(family), 9000);
+fn peer_seen_by_backend(net: &Topology, vip: IpAddr) -> IpAddr {
+    let address = SocketAddr::new(vip, 9000);
     let (sender, listening) = std::sync::mpsc::channel();
     let server = net.background(BACKEND, move || {
         let listener = TcpListener::bind(address).expect("the backend holds the VIP");
@@ -237,28 +104,40 @@ fn peer_seen_by_backend(net: &Topology, family: Family) -> IpAddr {
     server.join().expect("the server ends")
 }
 
-/// A body up and one down, and the client's address kept.
-fn transfer(net: &Topology, family: Family) {
-    let base = url(vip(family), 8080, "");
-    let name = format!("{family:?}");
-    let body: Vec<u8> = (0..3 * MIB).map(|i| (i * 7 + i / 4096) as u8).collect();
+/// Bodies up and down, whole.
+fn transfer(net: &Topology, vip: IpAddr) {
+    let name = vip.to_string().replace(':', "-");
+    let body = |len: usize| -> Vec<u8> { (0..len).map(|i| (i * 7 + i / 4096) as u8).collect() };
+    let sent = body(3 * MIB);
     let file = net.dir().join("body");
-    fs::write(&file, &body).expect("a file in our own directory");
+    fs::write(&file, &sent).expect("a file in our own directory");
     let file = file.display().to_string();
-    let target = format!("{base}/upload/{name}");
+    let target = url(vip, 8080, &format!("/upload/{name}"));
     net.curl("client", &["--upload-file", &file, &target]).ok();
-    let stored = fs::read(net.www(BACKEND).join("upload").join(&name)).expect("it was stored");
-    assert!(stored == body, "{family:?}: the body arrived damaged");
-    let down = net.dir().join("down");
-    let down = down.display().to_string();
+    let stored = ["b1", "b2"].map(|host| fs::read(net.www(host).join("upload").join(&name)).ok());
+    let stored = stored.into_iter().flatten().next();
+    assert!(
+        stored.expect("one backend stored it") == sent,
+        "{vip}: the body arrived damaged"
+    );
+    let large = body(8 * MIB);
+    for host in ["b1", "b2"] {
+        let _ = fs::create_dir(net.www(host));
+        fs::write(net.www(host).join("large"), &large).expect("a file in our own directory");
+    }
+    let down = net.dir().join("down").display().to_string();
+    let target = url(vip, 8080, "/large");
     net.curl("client", &["-o", &down, &target]).ok();
     let got = fs::read(&down).expect("curl wrote it");
-    assert!(got == body, "{family:?}: the body came back damaged");
-    let client: IpAddr = match family {
-        Family::V4 => net.v4("client").into(),
-        Family::V6 => net.v6("client").into(),
-    };
-    assert_eq!(peer_seen_by_backend(net, family), client);
+    assert!(got == large, "{vip}: the body came back damaged");
+}
+
+/// The client's own address.
+fn client_address(net: &Topology, vip: IpAddr) -> IpAddr {
+    match vip {
+        IpAddr::V4(_) => net.v4("client").into(),
+        IpAddr::V6(_) => net.v6("client").into(),
+    }
 }
 
 fn topology(tx_offload: bool) -> Topology {
@@ -285,10 +164,12 @@ fn converse(outer: Family, how: Encapsulation, partial: bool, mode: &str) {
         Encapsulation::Ipip => "6080".to_owned(),
     };
     args.extend(["--port", &port]);
-    start(&net, &args);
+    start(&net, BACKEND, &args);
     assert_eq!(status(&net)["mode"], mode);
     for inner in Family::BOTH {
-        transfer(&net, inner);
+        let vip = vip(inner);
+        transfer(&net, vip);
+        assert_eq!(peer_seen_by_backend(&net, vip), client_address(&net, vip));
     }
     let (used, unused) = match how {
         Encapsulation::Ipip => ("ipip", "gue"),
@@ -341,14 +222,13 @@ fn the_foreground_follows_addresses_and_detaches() {
     let net = topology(true);
     net.nginx(BACKEND);
     encapsulate(&net, net.v4(BACKEND).into(), Encapsulation::Ipip, true);
-    let pid = start(&net, &[]);
+    let pid = start(&net, BACKEND, &[]);
     let own: Vec<String> = [net.v4(BACKEND).to_string(), net.v6(BACKEND).to_string()].into();
     let vips = || -> Vec<String> {
         let status = status(&net);
         let vips = status["vips"].as_array().expect("VIPs").iter();
-        let vips = vips.map(|v| v.as_str().expect("an address").to_owned());
-        // Link-local addresses come from the MAC address.
-        vips.filter(|v| !v.starts_with("fe80")).collect()
+        vips.map(|v| v.as_str().expect("an address").to_owned())
+            .collect()
     };
     assert_eq!(vips(), own);
     assert_eq!(status(&net)["background"], false);
@@ -381,8 +261,8 @@ fn the_foreground_follows_addresses_and_detaches() {
     wait_until("the VIP to be given up", || vips().len() == 3);
 
     net.signal(pid, libc::SIGTERM);
-    assert_eq!(net.wait_exit(pid), 0, "{}", net.log("decap"));
-    assert!(!has_xdp(&net), "the program is still attached");
+    assert_eq!(net.wait_exit(pid), 0, "{}", net.log("decap-b1"));
+    assert!(!has_xdp(&net, BACKEND), "the program is still attached");
     assert!(!net.pin_path().exists(), "a pin was left");
     let gone = decap(&net, &["eth0", "--status"]);
     assert_eq!(gone.code, 1, "{}", gone.report());
@@ -424,19 +304,19 @@ fn the_background_needs_no_process() {
     command
         .args(["decap", "eth0", "--pin-path"])
         .arg(net.pin_path());
-    let pid = net.spawn("decap", command);
+    let pid = net.spawn("decap-b1", command);
     wait_until("the process to take over", || {
         let ran = decap(&net, &["eth0", "--status", "-o", "json"]);
         ran.stdout.contains("\"background\": false")
     });
     assert_eq!(net.curl("client", &[&page]).ok(), "b1\n");
     net.kill(pid);
-    assert!(!has_xdp(&net), "the program outlived its process");
+    assert!(!has_xdp(&net, BACKEND), "the program outlived its process");
 
     decap(&net, &["eth0", "--background"]).ok();
     let text = decap(&net, &["eth0", "--detach"]).ok();
     assert_eq!(text, "detached from eth0\n");
-    assert!(!has_xdp(&net), "the program is still attached");
+    assert!(!has_xdp(&net, BACKEND), "the program is still attached");
     assert!(!net.pin_path().exists(), "a pin was left");
     let text = decap(&net, &["eth0", "--detach"]).ok();
     assert_eq!(text, "nothing to detach from eth0\n");
@@ -445,13 +325,13 @@ fn the_background_needs_no_process() {
 #[test]
 fn a_process_whose_program_was_taken_off_ends() {
     let net = topology(true);
-    let pid = start(&net, &[]);
+    let pid = start(&net, BACKEND, &[]);
     decap(&net, &["eth0", "--detach"]).ok();
     assert_eq!(net.wait_exit(pid), 1);
     assert!(
-        net.log("decap").contains("took decapsulation off"),
+        net.log("decap-b1").contains("took decapsulation off"),
         "{}",
-        net.log("decap")
+        net.log("decap-b1")
     );
 }
 
@@ -510,7 +390,7 @@ fn refusals_name_the_object_and_the_remedy() {
         decap(&net, &["eth0", "--detach"]).ok(),
         "nothing to detach from eth0\n"
     );
-    assert!(has_xdp(&net), "the stub is somebody else's");
+    assert!(has_xdp(&net, BACKEND), "the stub is somebody else's");
     if Path::new("/usr/bin/setpriv").exists() {
         let mut command = net.command(BACKEND, "setpriv");
         command
