@@ -16,10 +16,10 @@ const V6: Family = Family::V6;
 const PASS: u32 = 2;
 
 /// A backend that holds its own address, and the VIP on its loopback interface.
-struct Backend(Decap);
+pub struct Backend(Decap);
 
 impl Backend {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::with(&[
             (BACKEND_1.ip(V4), HELD | INNER),
             (BACKEND_1.ip(V6), HELD | INNER),
@@ -35,7 +35,7 @@ impl Backend {
         Self(decap)
     }
 
-    fn counters(&self) -> BTreeMap<&'static str, (u64, u64)> {
+    pub fn counters(&self) -> BTreeMap<&'static str, (u64, u64)> {
         let counters = self.0.counters().expect("counters can be read");
         counters
             .into_iter()
@@ -44,18 +44,20 @@ impl Backend {
             .collect()
     }
 
+    /// What the kernel gets of a frame.
+    pub fn run(&self, frame: &[u8]) -> Vec<u8> {
+        let run = self.0.test_run(frame).expect("the program runs");
+        assert_eq!(run.verdict, PASS, "the kernel gets every packet");
+        run.data
+    }
+
     /// Sends a frame, and expects it to reach the kernel as `expected` with one outcome counted, or
     /// none.
     #[track_caller]
     fn check(&self, what: &str, sent: &[u8], expected: &[u8], counted: Option<(Outcome, u64)>) {
         let before = self.counters();
-        let run = self.0.test_run(sent).expect("the program runs");
-        assert_eq!(run.verdict, PASS, "{what}: the kernel gets every packet");
-        oracle::assert_frame(
-            &format!("{what} ({})", Location::caller()),
-            expected,
-            &run.data,
-        );
+        let got = self.run(sent);
+        oracle::assert_frame(&format!("{what} ({})", Location::caller()), expected, &got);
         let mut wanted = before;
         if let Some((outcome, bytes)) = counted {
             let counter = wanted.entry(outcome.name()).or_default();
@@ -85,7 +87,7 @@ impl Backend {
 
 /// How a packet is carried.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum How {
+pub enum How {
     Ipip,
     /// The IP header follows UDP at once.
     Gue1,
@@ -94,7 +96,7 @@ enum How {
 }
 
 impl How {
-    const ALL: [Self; 3] = [Self::Ipip, Self::Gue1, Self::Gue0];
+    pub const ALL: [Self; 3] = [Self::Ipip, Self::Gue1, Self::Gue0];
 
     fn outcome(self) -> Outcome {
         match self {
@@ -117,7 +119,7 @@ fn ip_part(packet: &Packet) -> Vec<u8> {
 }
 
 /// `inner` as the balancer sends it to [`BACKEND_1`], in the same link header.
-fn carry(outer: Family, how: How, inner: &Packet) -> Packet {
+pub fn carry(outer: Family, how: How, inner: &Packet) -> Packet {
     let number = number(inner.family);
     let mut bytes = ip_part(inner);
     let mut packet = match how {
@@ -143,7 +145,7 @@ fn carry(outer: Family, how: How, inner: &Packet) -> Packet {
 }
 
 /// What a client sends to the VIP, on the backend's segment.
-fn segment(family: Family) -> Packet {
+pub fn segment(family: Family) -> Packet {
     tcp(family)
         .macs(BALANCER.mac, BACKEND_1.mac)
         .from(CLIENT, 40000)
@@ -535,9 +537,7 @@ fn every_truncation_passes_unchanged() {
             for len in 14..whole.len() {
                 let frame = &whole[..len];
                 let what = format!("the first {len} of {} bytes", whole.len());
-                let run = backend.0.test_run(frame).expect("the program runs");
-                assert_eq!(run.verdict, PASS, "{what}");
-                oracle::assert_frame(&what, frame, &run.data);
+                oracle::assert_frame(&what, frame, &backend.run(frame));
                 if how == How::Ipip && len >= addresses_end {
                     let bytes = (len - sent.l2_len()) as u64;
                     backend.refused(&what, frame, Outcome::Malformed, bytes);

@@ -3,6 +3,7 @@
 mod checksum;
 mod concurrency;
 mod decap;
+mod decap_mutations;
 mod icmp;
 mod listeners;
 mod malformed;
