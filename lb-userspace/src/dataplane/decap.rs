@@ -171,6 +171,11 @@ impl Decap {
         Outcome::ALL.into_iter().map(counter).collect()
     }
 
+    /// What the kernel says of the program.
+    pub fn program_info(&self) -> io::Result<bpf::ProgramInfo> {
+        bpf::program_info(self.program.as_fd())
+    }
+
     /// Runs the program once on `packet`.
     pub fn test_run(&self, packet: &[u8]) -> io::Result<bpf::TestRun> {
         bpf::test_run(self.program.as_fd(), packet, 0, 1)

@@ -546,3 +546,17 @@ fn every_truncation_passes_unchanged() {
         }
     });
 }
+
+/// The verifier gives up at a million; a jump of this number is a warning.
+#[test]
+fn the_verifier_has_little_to_do() {
+    const BUDGET: u32 = 50_000;
+    let backend = Backend::new();
+    let info = backend.0.program_info().expect("the kernel tells");
+    assert_eq!(info.name, "sluice_decap");
+    assert!(
+        info.verified_instructions <= BUDGET,
+        "{} instructions were verified, {BUDGET} are allowed",
+        info.verified_instructions
+    );
+}
