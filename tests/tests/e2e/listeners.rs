@@ -162,7 +162,7 @@ fn every_port_is_served_where_nobody_else_listens() {
         + &on_ports(&topology, "web", "tcp", "80", Some(8080), QUICK_HEALTH)
         + &on_ports(&topology, "any", "udp", "*", None, "");
     let config = topology.config("sluice.toml", &text);
-    topology.daemon(&config);
+    let daemon = topology.daemon(&config);
     topology.wait_backends_up(None, 12);
     answers(&topology, 80);
     answers(&topology, 8080);
@@ -206,6 +206,17 @@ fn every_port_is_served_where_nobody_else_listens() {
     let one = topology.v4("b2").to_string();
     let count = topology.sluice(&["conn", "count", "--service", "rest", "--backend", &one]);
     count.ok();
+
+    // On an address of the host's own this would take its connections from it.
+    let address = format!("{VIP4}/32");
+    topology
+        .run("lb", "ip", &["address", "add", &address, "dev", "lo"])
+        .ok();
+    wait_until("the daemon to warn", || {
+        topology.signal(daemon, libc::SIGHUP);
+        let warning = format!("service rest: {VIP4}:* takes the answers");
+        topology.log("sluice").contains(&warning)
+    });
 }
 
 /// Thousands of services beside the largest range there is, and a reload that changes all of them.
