@@ -57,11 +57,12 @@ pub mod state {
         state == ESTABLISHED || state == UDP
     }
 
-    /// Whether a new SYN may replace the flow.
+    /// Whether a new SYN may replace the flow. Where the backend's packets are not seen
+    /// (`sees_replies` is false) the client's FIN is all there is to know of the end.
     #[inline(always)]
     #[must_use]
-    pub const fn is_over(state: u8) -> bool {
-        state >= TIME_WAIT
+    pub const fn is_over(state: u8, sees_replies: bool) -> bool {
+        state >= TIME_WAIT || (state == FIN_CLIENT && !sees_replies)
     }
 }
 

@@ -38,8 +38,9 @@ pub fn load<A: Address>(address: &A) -> A {
 #[inline(always)]
 pub fn lane<F: Family>(src: F::Addr, dst: F::Addr) -> u8 {
     match lane_of::<F>(dst) & !filter::LANE_BACKEND {
-        // For no address of ours, but perhaps from a backend that answers a client.
-        0 => lane_of::<F>(src) & filter::LANE_BACKEND,
+        // Perhaps for no address of ours, but from a backend that answers a client. A client may
+        // share its lane with an address that NAT sends from.
+        lane @ (0 | filter::LANE_NAT_SOURCE) => lane | lane_of::<F>(src) & filter::LANE_BACKEND,
         lane => lane,
     }
 }

@@ -47,7 +47,7 @@ pub fn revise<F: Family>() -> Decision {
         }
     }
     if flags.opens() {
-        if state::is_over(flow.state) {
+        if state::is_over(flow.state, forward::translates(flow.forward)) {
             forget::<F>(key, flow, known);
             return OVER;
         }

@@ -250,9 +250,12 @@ fn inner_sum<F: Family>(
     let plain = located.transport_len + F::HEADER_LEN as u32 == len;
     let summed = match located.protocol {
         protocol::TCP => frame.check(located.header, TcpHdr::LEN).is_some(),
-        protocol::UDP => frame
-            .check(located.header, UdpHdr::LEN)
-            .is_some_and(|udp| udp.read::<u16>(offset_of!(UdpHdr, check)) != 0),
+        // Bytes behind the datagram (RFC 9868) are not in its checksum.
+        protocol::UDP => frame.check(located.header, UdpHdr::LEN).is_some_and(|udp| {
+            let len = u16::from_be(udp.read(offset_of!(UdpHdr, len)));
+            udp.read::<u16>(offset_of!(UdpHdr, check)) != 0
+                && u32::from(len) == located.transport_len
+        }),
         _ => false,
     };
     if plain && summed {
