@@ -1,3 +1,5 @@
+mod modes;
+
 use super::*;
 use lb_common::service::{forward, on_backend_down, on_no_backend, scheduler};
 use proptest::prelude::*;
