@@ -14,7 +14,7 @@ use aya::{
 };
 use lb_common::{
     abi, addr, backend,
-    filter::{LANE_ANY_PORT, LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
+    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
     flow, service,
     stats::{Counters, DropReason},
 };
@@ -46,6 +46,8 @@ pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 /// The interface test packets come from: the kernel attributes them to the loopback device.
 pub const INGRESS: u32 = 1;
+/// UDP port that `gue` sends to in tests.
+pub const GUE_PORT: u16 = 6080;
 /// An interface beside [`INGRESS`] that packets may be redirected to.
 pub const OTHER_INTERFACE: u32 = 1000;
 /// An interface that packets may not be redirected to.
@@ -68,6 +70,8 @@ pub struct Backend {
     pub resolved: bool,
     /// Interface it is behind.
     pub ifindex: u32,
+    /// Bytes of the largest packet that can be sent towards it; 0: any.
+    pub mtu: u32,
 }
 
 /// A service to be put into the maps.
@@ -81,6 +85,8 @@ pub struct Service {
     pub last_port: u16,
     /// [`TCP`] or [`UDP`].
     pub protocol: u8,
+    /// One of [`service::forward`].
+    pub forward: u8,
     /// One of [`service::scheduler`].
     pub scheduler: u8,
     /// One of [`service::on_no_backend`].
@@ -101,6 +107,7 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
         port,
         last_port: port,
         protocol,
+        forward: service::forward::NAT,
         scheduler: service::scheduler::ROUND_ROBIN,
         on_no_backend: service::on_no_backend::RESET,
         on_backend_down: service::on_backend_down::KEEP,
@@ -114,6 +121,13 @@ impl Service {
     #[must_use]
     pub fn until(mut self, last: u16) -> Self {
         self.last_port = last;
+        self
+    }
+
+    /// Sets the forward mode.
+    #[must_use]
+    pub fn forward(mut self, forward: u8) -> Self {
+        self.forward = forward;
         self
     }
 
@@ -149,11 +163,13 @@ impl Service {
     /// port they were sent to.
     #[must_use]
     pub fn backend(self, host: Host, port: u16, weight: u32) -> Self {
-        let family = if self.vip.is_ipv4() {
-            Family::V4
-        } else {
-            Family::V6
-        };
+        let family = Family::of(self.vip);
+        self.backend_of(family, host, port, weight)
+    }
+
+    /// As [`Service::backend`], reached at its address of `family`.
+    #[must_use]
+    pub fn backend_of(self, family: Family, host: Host, port: u16, weight: u32) -> Self {
         self.with(Backend {
             ip: host.ip(family),
             mac: host.mac,
@@ -162,6 +178,7 @@ impl Service {
             alive: true,
             resolved: true,
             ifindex: INGRESS,
+            mtu: 0,
         })
     }
 
@@ -356,6 +373,8 @@ pub struct FlowEntry {
     pub generation: u32,
     /// Service number.
     pub service: u32,
+    /// One of [`service::forward`].
+    pub forward: u8,
     /// One of [`flow::state`].
     pub state: u8,
     /// Whether it matches the backend's packets.
@@ -366,12 +385,13 @@ impl fmt::Display for FlowEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{:?} -> {:?} proto {} leaves as {:?} -> {:?}, backend {}, state {}",
+            "{:?} -> {:?} proto {} leaves as {:?} -> {:?} by {}, backend {}, state {}",
             self.src,
             self.dst,
             self.protocol,
             self.out_src,
             self.out_dst,
+            lb_common::names::name_of(lb_common::names::FORWARD, self.forward),
             self.backend,
             lb_common::names::name_of(lb_common::names::STATE, self.state),
         )
@@ -443,6 +463,7 @@ impl Balancer {
             nat_port_first: ports.0,
             nat_port_last: ports.1,
             nat_port_seed: 0x1234_5678,
+            gue_port: GUE_PORT.to_be(),
             ..bytemuck::Zeroable::zeroed()
         };
         let mut balancer = Self {
@@ -480,6 +501,22 @@ impl Balancer {
             balancer.add(service);
         }
         balancer
+    }
+
+    /// Sends encapsulated packets from addresses in these networks, whose host bits carry the
+    /// flow's hash.
+    pub fn set_encap_source(&mut self, v4: Option<(Ipv4Addr, u8)>, v6: Option<(Ipv6Addr, u8)>) {
+        if let Some((network, bits)) = v4 {
+            self.settings.encap_source4 = addr::from_ipv4(network);
+            self.settings.encap_mask4 = (u32::MAX >> bits).to_be();
+        }
+        if let Some((network, bits)) = v6 {
+            self.settings.encap_source6 = addr::from_ipv6(network);
+            // No more bits than the hash has.
+            self.settings.encap_mask6 = (u32::MAX >> bits.saturating_sub(96)).to_be();
+        }
+        let settings = self.settings;
+        self.set("settings", 0, settings);
     }
 
     /// The settings in force.
@@ -530,6 +567,11 @@ impl Balancer {
         self.mark(service.vip, LANE_VIP);
         if service.port == 0 {
             self.mark(service.vip, LANE_ANY_PORT);
+        }
+        if service.forward == service::forward::DNAT {
+            for backend in &service.backends {
+                self.mark(backend.ip, LANE_BACKEND);
+            }
         }
         number
     }
@@ -595,7 +637,7 @@ impl Balancer {
             family,
             flags: flag(b.resolved, backend::BACKEND_RESOLVED)
                 | flag(b.alive, backend::BACKEND_ALIVE),
-            mtu: 0,
+            mtu: b.mtu,
         };
         let element = self.backend_number(number, index);
         self.set("backends", element, record);
@@ -628,7 +670,7 @@ impl Balancer {
         let record = service::Service {
             table: service::Service::pack_table(first, table.len() as u32),
             connect_timeout: s.connect_timeout,
-            forward: service::forward::NAT,
+            forward: s.forward,
             scheduler: s.scheduler,
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
@@ -1077,6 +1119,7 @@ fn readable<A: addr::Address>(key: &flow::FlowKey<A>, value: &flow::Flow<A>) -> 
         backend: value.backend,
         generation: value.generation,
         service: value.service,
+        forward: value.forward,
         state: value.state,
         from_backend: value.direction == flow::DIRECTION_BACKEND,
     }

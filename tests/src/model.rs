@@ -6,16 +6,19 @@
 //! that the choice was allowed.
 
 use crate::{
-    harness::{Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, Verdict},
+    harness::{Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, UDP, Verdict},
     oracle,
     packet::{BALANCER, Checksum, Family, Mac, Packet, Transport, pong, reset_for},
 };
 use lb_common::{
     flow::state,
-    service::{on_backend_down, on_no_backend, scheduler},
+    service::{forward, on_backend_down, on_no_backend, scheduler},
     stats::DropReason,
 };
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 /// What must happen to a packet.
 #[derive(Clone, Debug)]
@@ -34,9 +37,12 @@ struct Flow {
     protocol: u8,
     client: (IpAddr, u16),
     vip: (IpAddr, u16),
-    /// The balancer's address and port towards the backend.
-    nat: (IpAddr, u16),
-    backend_address: (IpAddr, u16),
+    /// One of [`forward`].
+    forward: u8,
+    /// Source of the packets as the backend sees them.
+    source: (IpAddr, u16),
+    /// Their destination.
+    destination: (IpAddr, u16),
     service: u32,
     /// Index in the service's backends.
     index: usize,
@@ -58,6 +64,10 @@ pub struct Model {
     flows: Vec<Flow>,
     load: BTreeMap<u32, (u64, u64)>,
     ports: std::ops::RangeInclusive<u16>,
+    /// Networks of the outer source addresses, with the mask of their host bits.
+    encap4: Option<(u32, u32)>,
+    encap6: Option<(u128, u128)>,
+    gue_port: u16,
 }
 
 /// Bob Jenkins' lookup3 for any number of words, after his `hashword()`.
@@ -103,6 +113,17 @@ fn lookup3(words: &[u32], seed: u32) -> u32 {
     s[2]
 }
 
+/// The hash of a flow: what `maglev` picks by, and what encapsulation spreads by.
+fn flow_hash(packet: &Packet) -> u32 {
+    let ports = u32::from(packet.sport.to_be()) << 16 | u32::from(packet.dport.to_be());
+    let words = [
+        address_word(packet.src),
+        ports,
+        u32::from(packet.protocol()),
+    ];
+    lookup3(&words, SEED)
+}
+
 /// The seed all balancers share.
 const SEED: u32 = 0x511c_e001;
 
@@ -125,6 +146,12 @@ impl Model {
     #[must_use]
     pub fn new(balancer: &Balancer) -> Self {
         let settings = balancer.settings();
+        let mask4 = u32::from_be(settings.encap_mask4);
+        let mask6 = u32::from_be(settings.encap_mask6);
+        let network6 = settings
+            .encap_source6
+            .iter()
+            .fold(0, |n, w| n << 32 | u128::from(u32::from_be(*w)));
         Self {
             services: balancer.services.clone(),
             first_backend: (1..=balancer.services.len() as u32)
@@ -135,6 +162,9 @@ impl Model {
             flows: Vec::new(),
             load: BTreeMap::new(),
             ports: settings.nat_port_first..=settings.nat_port_last,
+            encap4: (mask4 != 0).then_some((u32::from_be(settings.encap_source4), mask4)),
+            encap6: (mask6 != 0).then_some((network6, u128::from(mask6))),
+            gue_port: u16::from_be(settings.gue_port),
         }
     }
 
@@ -179,25 +209,17 @@ impl Model {
     #[must_use]
     pub fn client_tuple(&self, n: usize) -> (Family, u8, (IpAddr, u16), (IpAddr, u16)) {
         let flow = &self.flows[n];
-        let family = if flow.vip.0.is_ipv4() {
-            Family::V4
-        } else {
-            Family::V6
-        };
+        let family = Family::of(flow.vip.0);
         (family, flow.protocol, flow.client, flow.vip)
     }
 
-    /// The addresses a backend answers with on flow `n`: family, protocol, backend's address and
-    /// port, the balancer's port.
+    /// The addresses a backend answers with on flow `n`: family, protocol, from, to. Where it
+    /// answers the client itself, that is not the balancer's to see but may come its way.
     #[must_use]
-    pub fn reply_tuple(&self, n: usize) -> (Family, u8, (IpAddr, u16), u16) {
+    pub fn reply_tuple(&self, n: usize) -> (Family, u8, (IpAddr, u16), (IpAddr, u16)) {
         let flow = &self.flows[n];
-        let family = if flow.vip.0.is_ipv4() {
-            Family::V4
-        } else {
-            Family::V6
-        };
-        (family, flow.protocol, flow.backend_address, flow.nat.1)
+        let family = Family::of(flow.vip.0);
+        (family, flow.protocol, flow.destination, flow.source)
     }
 
     /// What the balancer must do with `packet`, given what it did where it had a choice.
@@ -264,12 +286,13 @@ impl Model {
             .flows
             .iter_mut()
             .filter(of_protocol)
-            .find(|f| f.backend_address == from && f.nat == to)
+            .filter(|f| translates(f.forward))
+            .find(|f| f.destination == from && f.source == to)
         {
             if packet.ttl <= 1 {
                 return Ok(dropped(DropReason::TtlExceeded, flow.service));
             }
-            let next = after(flow.state, packet, true);
+            let next = after(flow.state, packet, Sender::Backend);
             if generations.get(&flow.backend).copied().unwrap_or(1) == flow.generation {
                 move_load(&mut self.load, flow.backend, flow.state, next);
             }
@@ -300,7 +323,7 @@ impl Model {
     /// A client's packet on flow `n`. `None`: the flow is over and the packet begins another.
     fn known(&mut self, n: usize, packet: &Packet) -> Option<Prediction> {
         let flow = self.flows[n].clone();
-        if packet.ttl <= 1 {
+        if packet.ttl <= 1 && flow.forward != forward::DSR {
             return Some(dropped(DropReason::TtlExceeded, flow.service));
         }
         let service = &self.services[flow.service as usize - 1];
@@ -316,7 +339,10 @@ impl Model {
                 Some(refused(packet, DropReason::BackendDown, flow.service))
             };
         }
-        if opens && (!backend.alive || flow.state >= state::TIME_WAIT) {
+        // Where replies are not seen, the client's FIN is all there is to know of the end.
+        let over = flow.state >= state::TIME_WAIT
+            || (flow.state == state::FIN_CLIENT && !translates(flow.forward));
+        if opens && (!backend.alive || over) {
             self.forget(n, true);
             return None;
         }
@@ -328,11 +354,15 @@ impl Model {
         if !backend.resolved {
             return Some(dropped(DropReason::NoNeighbour, flow.service));
         }
-        let mac = backend.mac;
-        let next = after(flow.state, packet, false);
+        let sender = if translates(flow.forward) {
+            Sender::Client
+        } else {
+            Sender::ClientAlone
+        };
+        let next = after(flow.state, packet, sender);
         move_load(&mut self.load, flow.backend, flow.state, next);
         self.flows[n].state = next;
-        Some(to_backend(packet, &flow, mac))
+        Some(self.to_backend(packet, &flow))
     }
 
     fn begin(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
@@ -357,46 +387,31 @@ impl Model {
         if !backend.resolved {
             return Ok(dropped(DropReason::NoNeighbour, number));
         }
-        if packet.ttl <= 1 {
+        if packet.ttl <= 1 && service.forward != forward::DSR {
             return Ok(dropped(DropReason::TtlExceeded, number));
         }
-        let source = BALANCER.ip(packet.family);
-        let port = match backend.port {
-            0 => packet.dport,
-            port => port,
+        let (client, vip) = ((packet.src, packet.sport), (packet.dst, packet.dport));
+        let (source, destination) = if translates(service.forward) {
+            let port = match backend.port {
+                0 => packet.dport,
+                port => port,
+            };
+            let destination = (backend.ip, port);
+            match self.source_port(packet, service.forward, destination, real)? {
+                Some(source) => (source, destination),
+                None => return Ok(dropped(DropReason::PortExhausted, number)),
+            }
+        } else {
+            (client, vip)
         };
-        let backend_address = (backend.ip, port);
-        let used: Vec<u16> = self
-            .flows
-            .iter()
-            .filter(|f| f.protocol == packet.protocol() && f.backend_address == backend_address)
-            .map(|f| f.nat.1)
-            .collect();
-        if used.len() == self.ports.len() {
-            return Ok(dropped(DropReason::PortExhausted, number));
-        }
-        let Some((port, _)) = oracle::ports(&real.frame).filter(|_| real.verdict == Verdict::Tx)
-        else {
-            return Err(format!(
-                "a new flow to {backend_address:?} should leave, but {:?} {:?}",
-                real.verdict, real.counts
-            ));
-        };
-        if !self.ports.contains(&port) {
-            return Err(format!("source port {port} is outside {:?}", self.ports));
-        }
-        if used.contains(&port) {
-            return Err(format!(
-                "source port {port} is in use to {backend_address:?}"
-            ));
-        }
         let number_of_backend = self.first_backend[n] + index as u32;
         let flow = Flow {
             protocol: packet.protocol(),
-            client: (packet.src, packet.sport),
-            vip: (packet.dst, packet.dport),
-            nat: (source, port),
-            backend_address,
+            client,
+            vip,
+            forward: self.services[n].forward,
+            source,
+            destination,
             service: number,
             index,
             backend: number_of_backend,
@@ -415,10 +430,100 @@ impl Model {
         } else {
             load.0 += 1;
         }
-        let mut prediction = to_backend(packet, &flow, backend.mac);
+        let mut prediction = self.to_backend(packet, &flow);
         prediction.counts = prediction.counts.connection(number, number_of_backend);
         self.flows.push(flow);
         Ok(prediction)
+    }
+
+    /// The source of a new flow as the backend sees it: what `real` chose, if it was free to.
+    /// `None`: all ports are taken.
+    fn source_port(
+        &self,
+        packet: &Packet,
+        mode: u8,
+        destination: (IpAddr, u16),
+        real: &Outcome,
+    ) -> Result<Option<(IpAddr, u16)>, String> {
+        let address = match mode {
+            forward::NAT => BALANCER.ip(packet.family),
+            _ => packet.src,
+        };
+        let used: Vec<u16> = self
+            .flows
+            .iter()
+            .filter(|f| translates(f.forward) && f.protocol == packet.protocol())
+            .filter(|f| f.destination == destination && f.source.0 == address)
+            .map(|f| f.source.1)
+            .collect();
+        if mode == forward::DNAT && !used.contains(&packet.sport) {
+            return Ok(Some((address, packet.sport)));
+        }
+        if used.iter().filter(|p| self.ports.contains(p)).count() == self.ports.len() {
+            return Ok(None);
+        }
+        let Some((port, _)) = oracle::ports(&real.frame).filter(|_| real.verdict == Verdict::Tx)
+        else {
+            return Err(format!(
+                "a new flow to {destination:?} should leave, but {:?} {:?}",
+                real.verdict, real.counts
+            ));
+        };
+        if !self.ports.contains(&port) {
+            return Err(format!("source port {port} is outside {:?}", self.ports));
+        }
+        if used.contains(&port) {
+            return Err(format!("source port {port} is in use to {destination:?}"));
+        }
+        Ok(Some((address, port)))
+    }
+
+    /// A client's packet on its way to the flow's backend.
+    fn to_backend(&self, packet: &Packet, flow: &Flow) -> Prediction {
+        let backend = &self.services[flow.service as usize - 1].backends[flow.index];
+        let mut packet = packet.clone();
+        if packet.checksum != Checksum::Zero && packet.reads_as_partial() {
+            packet.checksum = Checksum::Right;
+        }
+        let out = match flow.forward {
+            forward::NAT | forward::DNAT => {
+                rewritten(&packet, flow.source, flow.destination).macs(BALANCER.mac, backend.mac)
+            }
+            forward::DSR => packet.dsr_to(backend.mac),
+            mode => {
+                let hash = flow_hash(&packet);
+                let source = self.outer_source(Family::of(backend.ip), hash);
+                let mut out = if mode == forward::IPIP {
+                    packet.ipip_to(source, backend.ip, backend.mac)
+                } else {
+                    let port = 49152 + (hash / (1 << 18)) as u16;
+                    let ports = (port, self.gue_port);
+                    packet.gue_to(source, backend.ip, backend.mac, ports)
+                };
+                if out.checksum == Checksum::Right && relies_on_inner(&packet) {
+                    out.checksum = packet.checksum;
+                }
+                if backend.mtu != 0 && out.ip_len() > u64::from(backend.mtu) {
+                    return dropped(DropReason::TooBig, flow.service);
+                }
+                out
+            }
+        };
+        Prediction {
+            verdict: Verdict::Tx,
+            frame: Some(out.build()),
+            counts: Counts::default().packet_in(flow.service, flow.backend, packet.ip_len()),
+        }
+    }
+
+    fn outer_source(&self, family: Family, hash: u32) -> IpAddr {
+        match (family, self.encap4, self.encap6) {
+            (Family::V4, Some((network, mask)), _) => Ipv4Addr::from(network | hash & mask).into(),
+            (Family::V6, _, Some((network, mask))) => {
+                Ipv6Addr::from(network | u128::from(hash) & mask).into()
+            }
+            _ => BALANCER.ip(family),
+        }
     }
 
     /// The service a packet is for: one that names its port, else one that takes every port.
@@ -439,22 +544,15 @@ impl Model {
         if table.is_empty() {
             return None;
         }
-        let word = address_word(packet.src);
-        let by_hash = |words: [u32; 3]| {
-            let hash = u128::from(lookup3(&words, SEED));
-            ((hash * table.len() as u128) / (1 << 32)) as usize
-        };
+        let by_hash = |hash: u32| ((u128::from(hash) * table.len() as u128) / (1 << 32)) as usize;
         let slot = match service.scheduler {
             scheduler::ROUND_ROBIN => {
                 let turn = self.turns.entry(number).or_default();
                 *turn += 1;
                 (*turn - 1) % table.len()
             }
-            scheduler::SOURCE_HASH => by_hash([word, 0, 0]),
-            _ => {
-                let ports = u32::from(packet.sport.to_be()) << 16 | u32::from(packet.dport.to_be());
-                by_hash([word, ports, u32::from(packet.protocol())])
-            }
+            scheduler::SOURCE_HASH => by_hash(lookup3(&[address_word(packet.src), 0, 0], SEED)),
+            _ => by_hash(flow_hash(packet)),
         };
         Some(table[slot])
     }
@@ -487,28 +585,42 @@ impl Model {
                 src: f.client,
                 dst: f.vip,
                 protocol: u32::from(f.protocol),
-                out_src: f.nat,
-                out_dst: f.backend_address,
+                out_src: f.source,
+                out_dst: f.destination,
                 backend: f.backend,
                 generation: f.generation,
                 service: f.service,
+                forward: f.forward,
                 state: f.state,
                 from_backend: false,
             };
-            entries.push(FlowEntry {
-                src: f.backend_address,
-                dst: f.nat,
-                out_src: f.vip,
-                out_dst: f.client,
-                state: 0,
-                from_backend: true,
-                ..entry.clone()
-            });
+            if translates(f.forward) {
+                entries.push(FlowEntry {
+                    src: f.destination,
+                    dst: f.source,
+                    out_src: f.vip,
+                    out_dst: f.client,
+                    state: 0,
+                    from_backend: true,
+                    ..entry.clone()
+                });
+            }
             entries.push(entry);
         }
         entries.sort();
         entries
     }
+}
+
+/// Whether replies come back through the balancer.
+fn translates(mode: u8) -> bool {
+    mode == forward::NAT || mode == forward::DNAT
+}
+
+/// Whether a checksum around this packet is made from the packet's own: then it is as wrong.
+fn relies_on_inner(packet: &Packet) -> bool {
+    let missing = packet.protocol() == UDP && packet.checksum == Checksum::Zero;
+    packet.options.is_empty() && packet.extensions.is_empty() && !missing
 }
 
 fn is_active(state: u8) -> bool {
@@ -536,12 +648,23 @@ fn opens(packet: &Packet) -> bool {
     flags(packet) == (true, false, false, false)
 }
 
+/// Who sends a packet of a flow.
+#[derive(Clone, Copy, PartialEq)]
+enum Sender {
+    Backend,
+    /// The client, where the backend's packets are seen too.
+    Client,
+    /// The client, where they are not.
+    ClientAlone,
+}
+
 /// The life of a connection, as a list of what may happen.
-fn after(state: u8, packet: &Packet, from_backend: bool) -> u8 {
+fn after(state: u8, packet: &Packet, sender: Sender) -> u8 {
     use state::{
         CLOSED, ESTABLISHED, FIN_BACKEND, FIN_CLIENT, SYN_RECEIVED, SYN_SENT, TIME_WAIT, UDP,
     };
     let (syn, ack, fin, rst) = flags(packet);
+    let from_backend = sender == Sender::Backend;
     match state {
         UDP | CLOSED => state,
         _ if rst => CLOSED,
@@ -551,6 +674,7 @@ fn after(state: u8, packet: &Packet, from_backend: bool) -> u8 {
         _ if fin && from_backend => FIN_BACKEND,
         _ if fin => FIN_CLIENT,
         SYN_SENT if from_backend && syn && ack => SYN_RECEIVED,
+        SYN_SENT if sender == Sender::ClientAlone && ack && !syn => ESTABLISHED,
         SYN_RECEIVED if !from_backend && ack && !syn => ESTABLISHED,
         _ => state,
     }
@@ -567,15 +691,6 @@ fn rewritten(packet: &Packet, from: (IpAddr, u16), to: (IpAddr, u16)) -> Packet 
         out.checksum = Checksum::Right;
     }
     out
-}
-
-fn to_backend(packet: &Packet, flow: &Flow, mac: Mac) -> Prediction {
-    let out = rewritten(packet, flow.nat, flow.backend_address).macs(BALANCER.mac, mac);
-    Prediction {
-        verdict: Verdict::Tx,
-        frame: Some(out.build()),
-        counts: Counts::default().packet_in(flow.service, flow.backend, packet.ip_len()),
-    }
 }
 
 fn pass(packet: &Packet) -> Prediction {

@@ -31,6 +31,21 @@ pub enum Family {
 impl Family {
     /// Both, for loops over families.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The one this is not.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::V4 => Self::V6,
+            Self::V6 => Self::V4,
+        }
+    }
+
+    /// The family of an address.
+    #[must_use]
+    pub const fn of(ip: IpAddr) -> Self {
+        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
 }
 
 /// A named host of the test network.
@@ -461,6 +476,58 @@ impl Packet {
             .from(vip, port)
             .to(client, client_port)
             .ttl(self.ttl - 1)
+    }
+
+    /// As it leaves the balancer for a backend on the ingress interface after `dnat`.
+    #[must_use]
+    pub fn dnat_to(&self, backend: Host, port: u16) -> Self {
+        self.clone()
+            .macs(BALANCER.mac, backend.mac)
+            .to(backend, port)
+            .ttl(self.ttl - 1)
+    }
+
+    /// As it leaves the balancer for a backend after `dsr`.
+    #[must_use]
+    pub fn dsr_to(&self, mac: Mac) -> Self {
+        self.clone().macs(BALANCER.mac, mac)
+    }
+
+    /// As it leaves the balancer inside an IP packet from `src` to `dst`, for the next hop `mac`.
+    #[must_use]
+    pub fn ipip_to(&self, src: IpAddr, dst: IpAddr, mac: Mac) -> Self {
+        let protocol = match self.family {
+            Family::V4 => 4,
+            Family::V6 => 41,
+        };
+        self.inside(other(Family::of(dst), protocol), src, dst, mac)
+    }
+
+    /// As it leaves the balancer inside UDP (GUE variant 1: the IP packet is all the payload), with
+    /// these outer ports.
+    #[must_use]
+    pub fn gue_to(&self, src: IpAddr, dst: IpAddr, mac: Mac, ports: (u16, u16)) -> Self {
+        let mut outer = udp(Family::of(dst));
+        (outer.sport, outer.dport) = ports;
+        if outer.family == Family::V4 {
+            outer.checksum = Checksum::Zero;
+        }
+        self.inside(outer, src, dst, mac)
+    }
+
+    /// The outer packet: the inner one is a hop older, the class and the VLAN tags are its own.
+    fn inside(&self, outer: Self, src: IpAddr, dst: IpAddr, mac: Mac) -> Self {
+        let mut inner = self.clone().ttl(self.ttl - 1);
+        inner.trailer.clear();
+        inner.vlans.clear();
+        let mut outer = outer
+            .macs(BALANCER.mac, mac)
+            .payload(inner.build().split_off(14));
+        (outer.src, outer.dst) = (src, dst);
+        outer.vlans.clone_from(&self.vlans);
+        outer.trailer.clone_from(&self.trailer);
+        (outer.tos, outer.id, outer.flow_label) = (self.tos, 0, 0);
+        outer
     }
 
     fn with_tcp(mut self, change: impl FnOnce(&mut TcpHeader)) -> Self {

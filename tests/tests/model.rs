@@ -3,8 +3,9 @@
 //! Seeded, so a failure repeats. `SLUICE_MODEL_CASES` sets the number of sequences.
 
 use lb_common::{
+    flow::state,
     names,
-    service::{on_backend_down, on_no_backend, scheduler},
+    service::{forward, on_backend_down, on_no_backend, scheduler},
     stats::DropReason,
 };
 use proptest::{
@@ -21,7 +22,11 @@ use sluice_tests::{
         transport,
     },
 };
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -103,7 +108,50 @@ const TARGETS: [(Family, u8, Host, u16); 17] = [
     (Family::V6, UDP, VIP_2, 65535),
 ];
 
-fn balancer() -> Balancer {
+/// What differs from sequence to sequence in how the balancer is set up.
+#[derive(Clone, Debug)]
+struct Setup {
+    /// Of each service: forward mode, whether backends are of the other family where the mode can
+    /// do that, and whether their MTU is small.
+    services: Vec<(u8, bool, bool)>,
+    /// Whether outer sources come from a network.
+    encap_source: bool,
+}
+
+impl Setup {
+    /// Every service in `nat`.
+    fn nat() -> Self {
+        Self {
+            services: vec![(forward::NAT, false, false); SERVICES],
+            encap_source: false,
+        }
+    }
+}
+
+fn setup() -> impl Strategy<Value = Setup> {
+    let mode = prop_oneof![
+        // Both directions, and a choice of ports: there is most to go wrong.
+        3 => Just(forward::NAT),
+        2 => Just(forward::DNAT),
+        1 => Just(forward::DSR),
+        1 => Just(forward::IPIP),
+        2 => Just(forward::GUE),
+    ];
+    let service = (mode, any::<bool>(), prop::bool::weighted(0.3));
+    (proptest::collection::vec(service, SERVICES), any::<bool>()).prop_map(
+        |(services, encap_source)| Setup {
+            services,
+            encap_source,
+        },
+    )
+}
+
+/// Number of services.
+const SERVICES: usize = 11;
+/// An MTU that long packets exceed once they are encapsulated.
+const SMALL_MTU: u32 = 1280;
+
+fn balancer(setup: &Setup) -> Balancer {
     let schedulers = [
         scheduler::ROUND_ROBIN,
         scheduler::MAGLEV,
@@ -114,7 +162,7 @@ fn balancer() -> Balancer {
         on_no_backend::DROP,
         on_no_backend::PASS,
     ];
-    let services = TARGETS[..8]
+    let services: Vec<Service> = TARGETS[..8]
         .iter()
         .enumerate()
         .map(|(n, (family, protocol, vip, port))| {
@@ -150,9 +198,40 @@ fn balancer() -> Balancer {
                 .backend(BACKEND_2, 0, 1),
         ])
         .collect();
+    let services = services
+        .into_iter()
+        .zip(&setup.services)
+        .map(|(service, (mode, across, small))| {
+            let mut service = service.forward(*mode);
+            for backend in &mut service.backends {
+                if *small {
+                    backend.mtu = SMALL_MTU;
+                }
+                if *across && forward::encapsulates(*mode) {
+                    backend.ip = other_address(backend.ip);
+                }
+            }
+            service
+        })
+        .collect();
     // Few ports, so that they run out now and then; fewer than are tried, so that a refusal means
     // that all are taken.
-    Balancer::with_ports(services, (30000, 30005))
+    let mut balancer = Balancer::with_ports(services, (30000, 30003));
+    if setup.encap_source {
+        let v4 = (Ipv4Addr::new(198, 19, 128, 0), 17);
+        let v6 = (Ipv6Addr::new(0x2001, 0xdb8, 0x99, 0, 0, 0, 0, 0), 96);
+        balancer.set_encap_source(Some(v4), Some(v6));
+    }
+    balancer
+}
+
+/// The address of a backend in the other family.
+fn other_address(ip: IpAddr) -> IpAddr {
+    let host = [BACKEND_1, BACKEND_2, BACKEND_3]
+        .into_iter()
+        .find(|h| h.ip(Family::of(ip)) == ip)
+        .expect("a backend's address");
+    host.ip(Family::of(ip).other())
 }
 
 /// What a packet looks like; `usual` are the flags most packets of its kind carry.
@@ -297,12 +376,15 @@ fn damage(packet: &Packet, kind: u8) -> Vec<u8> {
     frame
 }
 
+/// Two flows of a client would have met at a backend in `dnat`.
+const ANOTHER_PORT: &str = "another source port in dnat";
+
 /// What the sequences have reached: drop reasons, verdicts, states at the end.
 type Reached = BTreeMap<String, u64>;
 
-fn check(events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseError> {
+fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseError> {
     let reach = |what: &str| *reached.borrow_mut().entry(what.to_owned()).or_default() += 1;
-    let mut balancer = balancer();
+    let mut balancer = balancer(setup);
     let mut model = Model::new(&balancer);
     for (step, event) in events.iter().enumerate() {
         let what = || format!("event {step}, {event:?}");
@@ -332,11 +414,11 @@ fn check(events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseErr
                     continue;
                 }
                 let n = usize::from(*flow) % model.len();
-                let (family, protocol, from, port) = model.reply_tuple(n);
+                let (family, protocol, from, to) = model.reply_tuple(n);
                 let packet = transport(family, protocol)
                     .macs(BACKEND_1.mac, BALANCER.mac)
                     .from(from.0, from.1)
-                    .to(BALANCER, port);
+                    .to(to.0, to.1);
                 dress.on(packet)
             }
             Event::Stray {
@@ -437,7 +519,17 @@ fn check(events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseErr
         }
         real.sort();
         for entry in &real {
-            reach(names::name_of(names::STATE, entry.state));
+            if entry.forward == forward::DNAT
+                && !entry.from_backend
+                && entry.src.1 != entry.out_src.1
+            {
+                reach(ANOTHER_PORT);
+            }
+            let state = names::name_of(names::STATE, entry.state);
+            reach(&format!(
+                "{state} in {}",
+                names::name_of(names::FORWARD, entry.forward)
+            ));
         }
         prop_assert_eq!(
             real,
@@ -467,8 +559,10 @@ fn the_program_does_what_the_model_does() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
     let mut runner = TestRunner::new_with_rng(config, rng);
     let reached = RefCell::new(Reached::new());
-    let sequences = proptest::collection::vec(events(), 1..150);
-    let result = runner.run(&sequences, |events| check(&events.concat(), &reached));
+    let sequences = (setup(), proptest::collection::vec(events(), 1..150));
+    let result = runner.run(&sequences, |(setup, events)| {
+        check(&setup, &events.concat(), &reached)
+    });
     if let Err(e) = result {
         panic!("{e}");
     }
@@ -479,6 +573,7 @@ fn the_program_does_what_the_model_does() {
         DropReason::NoBackend,
         DropReason::NoNeighbour,
         DropReason::TtlExceeded,
+        DropReason::TooBig,
         DropReason::PortExhausted,
         DropReason::NoFlow,
         DropReason::BackendDown,
@@ -487,12 +582,13 @@ fn the_program_does_what_the_model_does() {
     let wanted = reasons
         .iter()
         .map(|r| r.name())
-        .chain(["Tx", "Pass", "Drop"])
-        .chain(names::STATE.iter().map(|(_, name)| *name));
+        .chain(["Tx", "Pass", "Drop", ANOTHER_PORT])
+        .map(str::to_owned)
+        .chain(states());
     if cases >= 300 {
         for what in wanted {
             assert!(
-                reached.contains_key(what),
+                reached.contains_key(&what),
                 "no sequence has reached {what}: {reached:?}"
             );
         }
@@ -500,10 +596,24 @@ fn the_program_does_what_the_model_does() {
     println!("{reached:#?}");
 }
 
+/// Every state in every mode that has it: without the backend's packets a connection has fewer.
+fn states() -> impl Iterator<Item = String> {
+    let both = |mode: u8, state: u8| {
+        let answered = [state::SYN_RECEIVED, state::FIN_BACKEND, state::TIME_WAIT];
+        forward::translates(mode) || !answered.contains(&state)
+    };
+    names::FORWARD.iter().flat_map(move |(mode, word)| {
+        names::STATE
+            .iter()
+            .filter(move |(state, _)| both(*mode, *state))
+            .map(move |(_, name)| format!("{name} in {word}"))
+    })
+}
+
 /// The model must be able to fail: a packet sent behind its back is noticed.
 #[test]
 fn the_model_notices_a_difference() {
-    let mut balancer = balancer();
+    let mut balancer = balancer(&Setup::nat());
     let mut model = Model::new(&balancer);
     let first = packet_to(2)
         .from(CLIENT, 40000)

@@ -7,6 +7,7 @@ mod decap_mutations;
 mod icmp;
 mod listeners;
 mod malformed;
+mod modes;
 mod mutations;
 mod nat;
 mod neighbour;
