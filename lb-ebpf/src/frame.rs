@@ -1,6 +1,7 @@
 //! The frame in memory: the only place with packet-pointer arithmetic.
 
-use aya_ebpf::bindings::xdp_md;
+use crate::bounds;
+use aya_ebpf::{bindings::xdp_md, helpers::generated::bpf_xdp_get_buff_len};
 use lb_common::addr::Address;
 
 /// The bytes of a packet between the context's `data` and `data_end`.
@@ -36,16 +37,32 @@ impl Frame {
         (cursor.0 + len <= self.end).then_some(cursor)
     }
 
-    /// Bytes from `cursor` to the end of the frame.
+    /// Bytes from `cursor` to the end of what direct access reaches.
     #[inline(always)]
-    pub fn remaining(&self, cursor: Cursor) -> usize {
+    pub fn reach(&self, cursor: Cursor) -> usize {
         self.end.wrapping_sub(cursor.0)
+    }
+
+    /// Bytes of the packet.
+    ///
+    /// A large one continues in pages that direct access does not reach; the helper counts those
+    /// too. Off the way of most packets.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        // SAFETY: a valid context.
+        unsafe { bpf_xdp_get_buff_len(self.ctx) as usize }
+    }
+
+    /// Whether at least `len` bytes of the packet follow `cursor`, within direct reach or not.
+    #[inline(always)]
+    pub fn holds(&self, cursor: Cursor, len: usize) -> bool {
+        len <= self.reach(cursor) || self.offset(cursor) + len <= self.len()
     }
 
     /// Bytes from the start of the frame to `cursor`.
     #[inline(always)]
     pub fn offset(&self, cursor: Cursor) -> usize {
-        cursor.0.wrapping_sub(self.data)
+        bounds::whole(cursor.0.wrapping_sub(self.data))
     }
 
     /// The interface the packet came from.

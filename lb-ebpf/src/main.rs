@@ -40,8 +40,9 @@ use frame::Frame;
 use parse::ethernet;
 use verdict::Verdict;
 
-/// The balancer.
-#[xdp]
+/// The balancer. It says that it knows packets of several pages, so that drivers let it onto
+/// interfaces with a large MTU.
+#[xdp(frags)]
 pub fn sluice_xdp(ctx: XdpContext) -> u32 {
     let frame = Frame::new(ctx.ctx);
     let verdict = match pipeline(&frame) {

@@ -83,7 +83,7 @@ fn advertise(frame: &Frame, link: &Link, network: &Network<V6>) -> Option<Verdic
 
     // The solicitation may be shorter or longer than the answer.
     let wanted = link_len + Ipv6Hdr::LEN + ADVERTISEMENT_LEN;
-    let present = link_len + frame.remaining(ip);
+    let present = frame.len();
     let change = wanted as i32 - present as i32;
     // SAFETY: a valid context; the frame is taken anew below.
     if change != 0 && unsafe { bpf_xdp_adjust_tail(frame.ctx, change) } != 0 {

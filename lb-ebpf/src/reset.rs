@@ -63,7 +63,7 @@ fn reset<F: Family>(frame: &Frame, link: &parse::Link) -> Option<()> {
 
     let link_len = frame.offset(network.header);
     let wanted = link_len + F::HEADER_LEN + TcpHdr::LEN;
-    let present = link_len + frame.remaining(network.header);
+    let present = frame.len();
     // Never grows: the packet held these headers, or longer ones.
     // SAFETY: a valid context; the frame is taken anew below.
     if unsafe { bpf_xdp_adjust_tail(frame.ctx, wanted as i32 - present as i32) } != 0 {

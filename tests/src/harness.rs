@@ -1026,7 +1026,7 @@ impl Balancer {
 }
 
 fn run_program(program: &Xdp, frame: &[u8]) -> (Verdict, Vec<u8>) {
-    let mut out = vec![0; 4096];
+    let mut out = vec![0; frame.len() + 256];
     let result = program
         .test_run(TestRunOptions {
             data_in: Some(frame),

@@ -197,7 +197,7 @@ fn unsound<O: Layer>(frame: &Frame, network: &Network<O>, fault: Fault) -> Refus
         Fault::Malformed => Outcome::Malformed,
         Fault::Fragment => Outcome::Fragment,
     };
-    Refusal(outcome as u32, frame.remaining(network.header) as u32)
+    Refusal(outcome as u32, frame.reach(network.header) as u32)
 }
 
 /// Whether the packet was sent to this host.

@@ -31,7 +31,7 @@ pub fn locate(frame: &Frame, network: &Network<V4>) -> Result<Located, Fault> {
     if version_ihl >> 4 != 4
         || header_len < Ipv4Hdr::LEN as u32
         || packet_len < header_len
-        || packet_len as usize > frame.remaining(header)
+        || !frame.holds(header, packet_len as usize)
     {
         return Err(Fault::Malformed);
     }

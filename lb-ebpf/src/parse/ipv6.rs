@@ -38,7 +38,7 @@ pub fn locate(frame: &Frame, network: &Network<V6>) -> Result<Located, Fault> {
     let version_class: u8 = header.read(0);
     let payload_len = u32::from(u16::from_be(header.read(offset_of!(Ipv6Hdr, payload_len))));
     let packet_len = payload_len + Ipv6Hdr::LEN as u32;
-    if version_class >> 4 != 6 || packet_len as usize > frame.remaining(header) {
+    if version_class >> 4 != 6 || !frame.holds(header, packet_len as usize) {
         return Err(Fault::Malformed);
     }
     let mut located = Located {

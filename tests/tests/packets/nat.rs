@@ -4,8 +4,8 @@ use lb_common::stats::DropReason;
 use sluice_tests::{
     harness::{Balancer, Counts, Expected, OTHER_INTERFACE, TCP, UDP, UNKNOWN_INTERFACE, service},
     packet::{
-        BACKEND_1, BALANCER, CLIENT, DESTINATION_OPTIONS, Family, GATEWAY, HOP_BY_HOP, Packet,
-        ROUTING, VIP, reply, tcp, transport, udp,
+        BACKEND_1, BALANCER, CLIENT, Checksum, DESTINATION_OPTIONS, Family, GATEWAY, HOP_BY_HOP,
+        Packet, ROUTING, VIP, reply, tcp, transport, udp,
     },
 };
 
@@ -387,6 +387,33 @@ fn services_are_told_apart_by_address_port_and_protocol() {
                 &packet.from(CLIENT, 40000),
                 &Expected::Passed,
                 &Counts::default(),
+            );
+        }
+    }
+}
+
+/// Direct access ends with the first page; what has to be read or summed behind it is all the same.
+#[test]
+fn a_packet_of_several_pages_is_rewritten_whole() {
+    for family in Family::BOTH {
+        for checksum in [Checksum::Right, Checksum::Partial] {
+            let mut balancer = balancer(family, UDP);
+            let sent = request(family, UDP)
+                .payload((0..8001).map(|i| (i % 251) as u8).collect::<Vec<u8>>())
+                .checksum(checksum);
+            balancer.check_new(
+                &format!("{family:?}, {checksum:?}"),
+                &sent,
+                |port| {
+                    let rewritten = sent.nat_to(BACKEND_1, 8080, port);
+                    Expected::sent(&rewritten.checksum(Checksum::Right))
+                },
+                &load(
+                    Counts::default()
+                        .packet_in(1, 1, sent.ip_len())
+                        .connection(1, 1),
+                    UDP,
+                ),
             );
         }
     }
