@@ -52,7 +52,7 @@ pub fn sluice_xdp(ctx: XdpContext) -> u32 {
 }
 
 /// Decapsulation on a backend, where no balancer runs.
-#[xdp]
+#[xdp(frags)]
 pub fn sluice_decap(ctx: XdpContext) -> u32 {
     decap::take_off(ctx.ctx);
     xdp_action::XDP_PASS
