@@ -352,7 +352,8 @@ impl Topology {
         })
     }
 
-    /// Starts nginx on a backend. It answers `/` with the host's name and serves the files of
+    /// Starts nginx on a backend. It answers `/` with the host's name, `/client` with the address it
+    /// takes for its client's, and serves the files of
     /// [`Topology::www`]; `PUT /upload/<name>` stores a file there. Ports 8080 (HTTP), IPv4 and
     /// IPv6. Returns its process number.
     #[track_caller]
@@ -374,6 +375,7 @@ impl Topology {
              server {{\n listen 0.0.0.0:8080 backlog=8192;\n listen [::]:8080 backlog=8192;\n\
              root {www};\n location = / {{ return 200 \"{host}\\n\"; }}\n\
              location /health {{ return 200 \"ok\\n\"; }}\n\
+             location = /client {{ return 200 \"$remote_addr\\n\"; }}\n\
              location /upload/ {{ dav_methods PUT; }}\n }}\n}}\n",
             dir = dir.display(),
             www = www.display(),

@@ -6,6 +6,7 @@ mod daemon;
 mod failover;
 mod flows;
 mod listeners;
+mod modes;
 mod nexthops;
 mod support;
 mod timeouts;

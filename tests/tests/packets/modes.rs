@@ -258,6 +258,29 @@ fn two_backends_keep_their_flows_apart() {
     }
 }
 
+#[test]
+fn one_service_may_have_backends_of_both_families() {
+    for way in encapsulations().filter(|w| w.inner == w.outer) {
+        let across = Way {
+            outer: way.inner.other(),
+            ..way
+        };
+        let mut balancer = Balancer::new(vec![
+            way.service(UDP)
+                .backend_of(way.outer, BACKEND_1, 80, 1)
+                .backend_of(across.outer, BACKEND_2, 80, 1),
+        ]);
+        way.open(&mut balancer, &request(way.inner, UDP));
+        let sent = request(way.inner, UDP).from(CLIENT_2, 40000);
+        let counts = Counts::default()
+            .packet_in(1, 2, sent.ip_len())
+            .connection(1, 2)
+            .load(1, 1, 0)
+            .load(2, 1, 0);
+        across.check(&mut balancer, "the other family", &sent, BACKEND_2, &counts);
+    }
+}
+
 /// DSCP and ECN of the inner packet are the outer one's (RFC 2983 section 3.1, RFC 6040 section
 /// 4.1, normal mode), and no mode changes them.
 #[test]

@@ -1,0 +1,374 @@
+//! The forward modes that keep the client's address, with real servers set up as
+//! `docs/forward-modes.md` says.
+
+use crate::support::{QUICK_HEALTH, UdpEcho, get, vips};
+use sluice_tests::topology::{Options, Topology, VIP4, VIP6, sluice_bin, url, wait_until};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    time::Duration,
+};
+
+const BACKENDS: [&str; 2] = ["b1", "b2"];
+/// Where nginx listens on the backends.
+const SERVER_PORT: u16 = 8080;
+
+/// The port of the VIPs: not every mode can rewrite it.
+fn vip_port(mode: &str) -> u16 {
+    match mode {
+        "nat" | "dnat" => 80,
+        _ => SERVER_PORT,
+    }
+}
+
+fn config(net: &Topology, mode: &str) -> String {
+    let mut text = net.daemon_section();
+    for (n, listen) in vips(vip_port(mode)).into_iter().enumerate() {
+        let _ = write!(
+            text,
+            "[[service]]\nname = \"s{n}\"\nlisten = \"{listen}\"\nforward = \"{mode}\"\n\
+             scheduler = \"round-robin\"\n{QUICK_HEALTH}"
+        );
+        for host in BACKENDS {
+            let address = SocketAddr::new(address(net, host, listen.ip()), SERVER_PORT);
+            let _ = write!(text, "[[service.backend]]\naddress = \"{address}\"\n");
+        }
+    }
+    text
+}
+
+/// The address of a host in the family of `vip`.
+fn address(net: &Topology, host: &str, vip: IpAddr) -> IpAddr {
+    match vip {
+        IpAddr::V4(_) => net.v4(host).into(),
+        IpAddr::V6(_) => net.v6(host).into(),
+    }
+}
+
+#[track_caller]
+fn ip(net: &Topology, host: &str, args: &[&str]) {
+    net.run(host, "ip", args).ok();
+}
+
+/// What a backend needs in `dnat`: a way back to the clients that leads through the balancer.
+fn route_through_the_balancer(net: &Topology, host: &str, balancer: (Ipv4Addr, Ipv6Addr)) {
+    let (v4, v6) = (balancer.0.to_string(), balancer.1.to_string());
+    ip(net, host, &["route", "add", "default", "via", &v4]);
+    ip(net, host, &["-6", "route", "add", "default", "via", &v6]);
+}
+
+/// What a backend needs in the other modes: the VIPs, without answering ARP for them.
+fn hold_the_vips(net: &Topology, host: &str) {
+    for vip in [format!("{VIP4}/32"), format!("{VIP6}/128")] {
+        ip(net, host, &["addr", "add", &vip, "dev", "lo"]);
+    }
+    for setting in ["arp_ignore=1", "arp_announce=2"] {
+        let setting = format!("net.ipv4.conf.all.{setting}");
+        net.run(host, "sysctl", &["-w", &setting]).ok();
+    }
+}
+
+/// What `ipip` and `gue` leave of 1500 bytes in the worst case: IPv6 and UDP outside.
+const CLIENT_MTU: &str = "1452";
+
+fn decapsulate(net: &Topology, host: &str) {
+    let label = format!("decap-{host}");
+    let mut command = net.command(host, sluice_bin());
+    command.args(["decap", "eth0"]);
+    let pid = net.spawn(&label, command);
+    wait_until("decap to be attached", || {
+        assert_eq!(net.exit_code(pid), None, "{}", net.log(&label));
+        let link = net.run(host, "ip", &["link", "show", "eth0"]).ok();
+        link.contains("xdp")
+    });
+}
+
+/// The client in a network of its own, behind the balancer's segment.
+const FAR_CLIENT: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(198, 19, 5, 2),
+    Ipv6Addr::new(0x2001, 0xdb8, 0x195, 0, 0, 0, 0, 2),
+);
+
+fn move_the_client_away(net: &Topology) {
+    let (v4, v6) = (FAR_CLIENT.0.to_string(), FAR_CLIENT.1.to_string());
+    let (with4, with6) = (format!("{v4}/24"), format!("{v6}/64"));
+    ip(net, "client", &["addr", "add", &with4, "dev", "eth0"]);
+    let own = ["addr", "add", &with6, "dev", "eth0", "nodad"];
+    ip(net, "client", &own);
+    for (vips, source) in [("203.0.113.0/24", v4), ("2001:db8:80::/64", v6)] {
+        let route = ["route", "replace", vips, "dev", "eth0", "src", &source];
+        ip(net, "client", &route);
+    }
+}
+
+/// A network in which `mode` serves, and the client's addresses.
+fn serve(mode: &str, options: Options) -> (Topology, [IpAddr; 2]) {
+    let net = Topology::new(options);
+    let mut client = [net.v4("client").into(), net.v6("client").into()];
+    if mode == "ipip" || mode == "gue" {
+        ip(&net, "client", &["link", "set", "eth0", "mtu", CLIENT_MTU]);
+    }
+    for host in BACKENDS {
+        net.nginx(host);
+        if !matches!(mode, "nat" | "dnat") {
+            hold_the_vips(&net, host);
+        }
+        if mode == "ipip" || mode == "gue" {
+            decapsulate(&net, host);
+        }
+    }
+    if mode == "dnat" && options.two_armed {
+        // The balancer's address on the backends' segment ends as on the other.
+        let balancer = (
+            Ipv4Addr::new(198, 18, 1, 1),
+            Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1),
+        );
+        for host in BACKENDS {
+            route_through_the_balancer(&net, host, balancer);
+        }
+    } else if mode == "dnat" {
+        move_the_client_away(&net);
+        client = [FAR_CLIENT.0.into(), FAR_CLIENT.1.into()];
+        for host in BACKENDS {
+            route_through_the_balancer(&net, host, (net.v4("lb"), net.v6("lb")));
+        }
+    }
+    net.daemon(&net.config("sluice.toml", &config(&net, mode)));
+    net.wait_backends_up(None, 2 * BACKENDS.len());
+    (net, client)
+}
+
+/// Bytes that no protocol layer repeats.
+fn noise(len: usize) -> Vec<u8> {
+    let mut x = 0x1234_5678_9abc_def0_u64;
+    (0..len)
+        .map(|_| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x >> 32) as u8
+        })
+        .collect()
+}
+
+fn requests_spread_and_servers_see_the_client(net: &Topology, mode: &str, client: [IpAddr; 2]) {
+    for (vip, client) in vips(vip_port(mode)).into_iter().zip(client) {
+        let mut answers: BTreeMap<String, u32> = BTreeMap::new();
+        for _ in 0..10 {
+            let page = url(vip.ip(), vip.port(), "/");
+            let body = net.curl("client", &[&page]).ok();
+            *answers.entry(body).or_default() += 1;
+        }
+        let shares: Vec<u32> = answers.into_values().collect();
+        assert_eq!(shares, [5, 5], "{mode}, {vip}: round robin over two");
+        let page = url(vip.ip(), vip.port(), "/client");
+        let seen = net.curl("client", &[&page]).ok();
+        assert_eq!(
+            seen.trim(),
+            client.to_string(),
+            "{mode}, {vip}: whom the server takes for its client"
+        );
+    }
+}
+
+fn bodies_arrive_whole(net: &Topology, mode: &str) {
+    const MIB: usize = 1 << 20;
+    let (down, up) = (noise(8 * MIB), noise(3 * MIB));
+    for host in BACKENDS {
+        fs::write(net.www(host).join("big"), &down).expect("a file of our own");
+    }
+    let sent = net.dir().join("sent");
+    fs::write(&sent, &up).expect("a file of our own");
+    let sent = sent.to_str().expect("UTF-8").to_owned();
+    let got = net.dir().join("got");
+    for (n, vip) in vips(vip_port(mode)).into_iter().enumerate() {
+        let page = url(vip.ip(), vip.port(), "/big");
+        let target = got.to_str().expect("UTF-8");
+        net.curl("client", &["-o", target, &page]).ok();
+        let got = fs::read(&got).expect("curl has written it");
+        assert!(
+            got == down,
+            "{mode}: download from {vip}: {} bytes, or damaged",
+            got.len()
+        );
+        let name = format!("/upload/{n}");
+        let page = url(vip.ip(), vip.port(), &name);
+        net.curl("client", &["-T", &sent, &page]).ok();
+        let stored: Vec<_> = BACKENDS
+            .iter()
+            .filter_map(|host| fs::read(net.www(host).join(&name[1..])).ok())
+            .collect();
+        assert_eq!(stored.len(), 1, "{mode}: one backend has the upload");
+        assert!(
+            stored[0] == up,
+            "{mode}: upload to {vip}: {} bytes, or damaged",
+            stored[0].len()
+        );
+    }
+}
+
+fn thousands_of_connections_succeed(net: &Topology, mode: &str) {
+    const CLIENTS: usize = 4;
+    const EACH: usize = 500;
+    let port = vip_port(mode);
+    let threads: Vec<_> = (0..CLIENTS)
+        .map(|n| {
+            let (vip, mode) = (vips(port)[n % 2], mode.to_owned());
+            net.background("client", move || {
+                for i in 0..EACH {
+                    get(vip, "/").unwrap_or_else(|e| {
+                        panic!("{mode}: request {i} of client {n} to {vip}: {e}")
+                    });
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("no request fails");
+    }
+    let stats = net.json(&["stats"]);
+    for line in stats.as_array().expect("a listing") {
+        assert_eq!(line["drops"], 0, "{mode}: {stats:#}");
+    }
+    let flows = net.json(&["conn", "list"]);
+    let flows = flows.as_array().expect("a listing");
+    assert!(!flows.is_empty(), "{mode}: flows are listed");
+}
+
+/// Everything, with checksums as a veth leaves them and as a NIC needs them.
+fn serves(mode: &str, two_armed: bool) {
+    for tx_offload in [true, false] {
+        let options = Options {
+            backends: 2,
+            tx_offload,
+            two_armed,
+        };
+        let (net, client) = serve(mode, options);
+        requests_spread_and_servers_see_the_client(&net, mode, client);
+        bodies_arrive_whole(&net, mode);
+        if tx_offload {
+            thousands_of_connections_succeed(&net, mode);
+        }
+    }
+}
+
+#[test]
+fn dnat_between_two_networks() {
+    serves("dnat", true);
+}
+
+#[test]
+fn dnat_on_one_segment_for_clients_beyond_it() {
+    serves("dnat", false);
+}
+
+#[test]
+fn dsr_on_one_segment() {
+    serves("dsr", false);
+}
+
+#[test]
+fn ipip_with_sluice_decap() {
+    serves("ipip", false);
+}
+
+#[test]
+fn gue_with_sluice_decap() {
+    serves("gue", false);
+}
+
+/// A backend that is a client of its own service: in `nat` it is balanced like any other, in `dsr`
+/// the VIP is its own address.
+#[test]
+fn a_backend_reaches_the_vip() {
+    for mode in ["nat", "dsr"] {
+        let (net, _) = serve(
+            mode,
+            Options {
+                backends: 2,
+                ..Options::default()
+            },
+        );
+        for vips in ["203.0.113.0/24", "2001:db8:80::/64"] {
+            ip(&net, "b1", &["route", "add", vips, "dev", "eth0"]);
+        }
+        for vip in vips(vip_port(mode)) {
+            let mut answers: BTreeMap<String, u32> = BTreeMap::new();
+            for _ in 0..4 {
+                let page = url(vip.ip(), vip.port(), "/");
+                *answers.entry(net.curl("b1", &[&page]).ok()).or_default() += 1;
+            }
+            let answers: Vec<_> = answers.iter().map(|(h, n)| (h.trim(), *n)).collect();
+            let expected = match mode {
+                "nat" => vec![("b1", 2), ("b2", 2)],
+                _ => vec![("b1", 4)],
+            };
+            assert_eq!(answers, expected, "{mode}, {vip}");
+        }
+    }
+}
+
+/// Backends answer datagrams through the balancer, and see the client's own address.
+#[test]
+fn dnat_balances_udp() {
+    let net = Topology::new(Options {
+        backends: 2,
+        two_armed: true,
+        ..Options::default()
+    });
+    let _servers = BACKENDS.map(|host| {
+        let balancer = (
+            Ipv4Addr::new(198, 18, 1, 1),
+            Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1),
+        );
+        route_through_the_balancer(&net, host, balancer);
+        UdpEcho::start(&net, host, 9000)
+    });
+    let mut text = net.daemon_section();
+    for (n, listen) in vips(7).into_iter().enumerate() {
+        let _ = write!(
+            text,
+            "[[service]]\nname = \"s{n}\"\nlisten = \"{listen}\"\nprotocol = \"udp\"\n\
+             forward = \"dnat\"\nscheduler = \"round-robin\"\n"
+        );
+        for host in BACKENDS {
+            let address = SocketAddr::new(address(&net, host, listen.ip()), 9000);
+            let _ = write!(text, "[[service.backend]]\naddress = \"{address}\"\n");
+        }
+    }
+    net.daemon(&net.config("sluice.toml", &text));
+    net.wait_backends_up(None, 4);
+    for vip in vips(7) {
+        let seen = net.on("client", move || {
+            let mut seen = BTreeMap::<String, u32>::new();
+            for port in 20000..20010 {
+                let any: IpAddr = match vip {
+                    SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                };
+                let socket = UdpSocket::bind((any, port)).expect("a socket");
+                socket.connect(vip).expect("a route to the VIP");
+                socket
+                    .set_read_timeout(Some(Duration::from_secs(5)))
+                    .expect("a timeout");
+                for len in [0_usize, 1, 511, 1400] {
+                    let sent: Vec<u8> = (0..len).map(|i| i as u8).collect();
+                    socket.send(&sent).expect("the datagram leaves");
+                    let mut buffer = [0; 2048];
+                    let got = socket
+                        .recv(&mut buffer)
+                        .unwrap_or_else(|e| panic!("{len} bytes to {vip}: {e}"));
+                    let (name, echo) = buffer[..got].split_at(3);
+                    assert_eq!(echo, sent, "the echo of {len} bytes");
+                    *seen
+                        .entry(String::from_utf8_lossy(name).into_owned())
+                        .or_default() += 1;
+                }
+            }
+            seen
+        });
+        assert_eq!(seen.into_values().collect::<Vec<_>>(), [20, 20], "{vip}");
+    }
+}
