@@ -328,7 +328,16 @@ fn holder(name: &str, ifindex: u32) -> Option<String> {
 /// An XDP attachment that ends with this value.
 #[derive(Debug)]
 pub struct OwnedLink {
-    _link: OwnedFd,
+    link: OwnedFd,
+}
+
+impl Drop for OwnedLink {
+    /// Detaches at once. A child that was just forked and has not yet become another program
+    /// would hold the link through its copy of the descriptor.
+    fn drop(&mut self) {
+        // An interface that is gone has nothing to detach from.
+        let _ = bpf::link_detach(self.link.as_fd());
+    }
 }
 
 /// Attaches a program to interface `name`, in the driver, that passes every packet.
@@ -339,7 +348,7 @@ pub fn attach_stub(name: &str) -> Result<OwnedLink> {
     let ifindex = interface_index(name)?;
     let program = bpf::load_xdp_pass().context("cannot load a program that passes packets")?;
     let (link, _) = attach(program.as_fd(), name, ifindex, AttachMode::Driver)?;
-    Ok(OwnedLink { _link: link })
+    Ok(OwnedLink { link })
 }
 
 /// How the program of `link` is attached; an error if the interface is not where it should be.
