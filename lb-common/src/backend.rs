@@ -38,7 +38,8 @@ pub struct Backend {
     pub family: u8,
     /// `BACKEND_*`.
     pub flags: u8,
-    /// Bytes of the largest IP packet that can be sent towards it; 0 if that is not known.
+    /// Bytes of the largest packet of a client that can be sent towards it, which leaves room for
+    /// what the forward mode adds; 0 if that is not known.
     pub mtu: u32,
 }
 

@@ -16,6 +16,7 @@ pub mod csum;
 pub mod decap;
 pub mod filter;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod names;
 pub mod service;

@@ -67,6 +67,21 @@ pub mod forward {
     pub const fn encapsulates(forward: u8) -> bool {
         forward >= IPIP
     }
+
+    /// Bytes that a packet grows by on its way to a backend of `family`.
+    #[must_use]
+    pub const fn overhead(forward: u8, family: u8) -> u32 {
+        if !encapsulates(forward) {
+            return 0;
+        }
+        let ip = if family == crate::addr::FAMILY_V4 {
+            20
+        } else {
+            40
+        };
+        let udp = if forward == GUE { 8 } else { 0 };
+        ip + udp
+    }
 }
 
 /// How a backend is picked for a new flow; names in [`crate::names::SCHEDULER`].
@@ -169,8 +184,8 @@ pub const VIP_ANSWER_ARP: u32 = 1 << 0;
 pub struct Interface {
     /// Ethernet address, as it stands in a frame.
     pub mac: [u8; 6],
-    /// Zero.
-    pub reserved: u16,
+    /// Bytes of the largest IP packet it can send; 0: not known.
+    pub mtu: u16,
 }
 
 const _: () = assert!(size_of::<Interface>() == 8);

@@ -3,6 +3,7 @@
 use crate::rewrite::encap;
 use crate::{
     flow::{self, Work},
+    fragment,
     frame::{Cursor, Frame},
     icmp::{self, error::Quoted},
     maps, neighbour,
@@ -20,9 +21,13 @@ use lb_common::{
     backend::Backend,
     csum,
     flow::{Flow, FlowKey},
+    fragment::{Datagram, FragmentKey},
     service::{ServiceKey, Vip},
 };
-use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::{
+    icmp::Icmpv4Hdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+};
 
 /// The map of flows of one family.
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
@@ -30,6 +35,9 @@ pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
 pub type Services<A> = HashMap<ServiceKey<A>, u32, 65536>;
 /// The map of VIPs of one family.
 pub type Vips<A> = HashMap<A, Vip, 4096>;
+
+/// The map of fragmented datagrams of one family.
+pub type Fragments<A> = LruHashMap<FragmentKey<A>, Datagram<A>, 8192>;
 
 /// An IP version.
 pub trait Family: Sized {
@@ -43,6 +51,12 @@ pub trait Family: Sized {
     const ECHO_REQUEST: u8;
     /// ICMP type of an echo reply.
     const ECHO_REPLY: u8;
+    /// Type and code of the error about a packet that is too large, as they stand in the message.
+    const TOO_BIG: u16;
+    /// Type and code of the error about a packet that has no hop left.
+    const TIME_EXCEEDED: u16;
+    /// Most bytes of a packet that an error quotes.
+    const QUOTE: u32;
 
     /// Its ethertype, as it stands in the frame.
     const ETHERTYPE: u16;
@@ -74,8 +88,27 @@ pub trait Family: Sized {
 
     /// Reads the addresses; nothing is judged yet.
     fn network(frame: &Frame, link: &Link) -> Option<Network<Self>>;
-    /// Finds the transport header and judges the network header.
-    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault>;
+    /// Finds the transport header and judges the network header; of fragments, it takes the first.
+    fn locate_first(frame: &Frame, network: &Network<Self>)
+    -> Result<parse::Located, parse::Fault>;
+    /// As [`Family::locate_first`], but takes no fragment.
+    #[inline(always)]
+    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault> {
+        let located = Self::locate_first(frame, network)?;
+        if located.first_fragment {
+            return Err(parse::Fault::Fragment);
+        }
+        Ok(located)
+    }
+    /// The identification of a fragment, as it stands in the header, and the IP protocol number
+    /// where that belongs to it.
+    fn identification(frame: &Frame, network: &Network<Self>) -> Option<(u32, u32)>;
+    /// Its fragmented datagrams.
+    fn fragments() -> &'static Fragments<Self::Addr>;
+    /// [`crate::fragment`]'s subprogram that remembers where a first fragment goes.
+    fn open_fragment(ctx: *mut xdp_md) -> u64;
+    /// [`crate::fragment`]'s subprogram for a later fragment.
+    fn follow_fragment(ctx: *mut xdp_md) -> u64;
     /// TTL or hop limit.
     fn hops(header: Cursor) -> u8;
     /// Writes addresses and TTL or hop limit; `l3_delta` is what the addresses add to the header's
@@ -113,6 +146,10 @@ pub trait Family: Sized {
 
     /// A packet whose destination is neither a VIP nor a NAT source.
     fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict>;
+    /// Whether an address may be a single host's, so that it can be told of an error.
+    fn is_host(address: Self::Addr) -> bool;
+    /// Bytes 4 to 7 of the error about a packet that is too large.
+    fn mtu_word(mtu: u32) -> u32;
     /// Whether an ICMP message of this type reports what happened to a packet it quotes.
     fn is_icmp_error(kind: u8) -> bool;
     /// [`crate::icmp::error`]'s subprogram.
@@ -144,6 +181,10 @@ impl Family for V4 {
     const ETHERTYPE: u16 = parse::ethernet::IPV4;
     const INSIDE: u8 = 4;
     const UDP_NEEDS_CHECKSUM: bool = false;
+    const TOO_BIG: u16 = u16::from_ne_bytes([3, 4]);
+    const TIME_EXCEEDED: u16 = u16::from_ne_bytes([11, 0]);
+    // No more than 576 bytes in all: RFC 1812 section 4.3.2.3.
+    const QUOTE: u32 = 576 - (Ipv4Hdr::LEN + Icmpv4Hdr::LEN) as u32;
 
     #[inline(always)]
     fn flows() -> &'static Flows<u32> {
@@ -198,8 +239,33 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault> {
-        parse::ipv4::locate(frame, network)
+    fn locate_first(
+        frame: &Frame,
+        network: &Network<Self>,
+    ) -> Result<parse::Located, parse::Fault> {
+        parse::ipv4::locate_first(frame, network)
+    }
+
+    #[inline(always)]
+    fn identification(_: &Frame, network: &Network<Self>) -> Option<(u32, u32)> {
+        let id: u16 = network.header.read(offset_of!(Ipv4Hdr, id));
+        let protocol: u8 = network.header.read(offset_of!(Ipv4Hdr, proto));
+        Some((u32::from(id), u32::from(protocol)))
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Self::Addr> {
+        &maps::FRAGMENTS4
+    }
+
+    #[inline(always)]
+    fn open_fragment(ctx: *mut xdp_md) -> u64 {
+        fragment::open_fragment4(ctx)
+    }
+
+    #[inline(always)]
+    fn follow_fragment(ctx: *mut xdp_md) -> u64 {
+        fragment::follow_fragment4(ctx)
     }
 
     #[inline(always)]
@@ -285,8 +351,25 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn not_for_us(_: &Frame, _: &Link, _: &Network<Self>) -> Result<Verdict, Verdict> {
+    fn not_for_us(frame: &Frame, _: &Link, network: &Network<Self>) -> Result<Verdict, Verdict> {
+        if network.header.read::<u8>(offset_of!(Ipv4Hdr, proto)) == protocol::ICMP {
+            // In `dnat`, routers tell the client of packets that went to the backend.
+            return Ok(icmp::error::carry_on::<Self>(frame));
+        }
         Ok(Verdict::PASS)
+    }
+
+    /// RFC 1122 section 3.2.2.
+    #[inline(always)]
+    fn is_host(address: u32) -> bool {
+        let [first, ..] = address.to_ne_bytes();
+        first != 0 && first != 127 && first < 224
+    }
+
+    /// RFC 1191 section 4.
+    #[inline(always)]
+    fn mtu_word(mtu: u32) -> u32 {
+        (mtu & 0xffff).to_be()
     }
 
     #[inline(always)]
@@ -342,6 +425,10 @@ impl Family for V6 {
     const ETHERTYPE: u16 = parse::ethernet::IPV6;
     const INSIDE: u8 = 41;
     const UDP_NEEDS_CHECKSUM: bool = true;
+    const TOO_BIG: u16 = u16::from_ne_bytes([2, 0]);
+    const TIME_EXCEEDED: u16 = u16::from_ne_bytes([3, 0]);
+    // No more than the minimum MTU in all: RFC 4443 section 2.4 (c).
+    const QUOTE: u32 = 1280 - (Ipv6Hdr::LEN + Icmpv4Hdr::LEN) as u32;
 
     #[inline(always)]
     fn flows() -> &'static Flows<[u32; 4]> {
@@ -396,8 +483,31 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn locate(frame: &Frame, network: &Network<Self>) -> Result<parse::Located, parse::Fault> {
-        parse::ipv6::locate(frame, network)
+    fn locate_first(
+        frame: &Frame,
+        network: &Network<Self>,
+    ) -> Result<parse::Located, parse::Fault> {
+        parse::ipv6::locate_first(frame, network)
+    }
+
+    #[inline(always)]
+    fn identification(frame: &Frame, network: &Network<Self>) -> Option<(u32, u32)> {
+        Some((parse::ipv6::identification(frame, network)?, 0))
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static Fragments<Self::Addr> {
+        &maps::FRAGMENTS6
+    }
+
+    #[inline(always)]
+    fn open_fragment(ctx: *mut xdp_md) -> u64 {
+        fragment::open_fragment6(ctx)
+    }
+
+    #[inline(always)]
+    fn follow_fragment(ctx: *mut xdp_md) -> u64 {
+        fragment::follow_fragment6(ctx)
     }
 
     #[inline(always)]
@@ -476,10 +586,27 @@ impl Family for V6 {
     fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict> {
         const MULTICAST: u32 = 0xff00_0000_u32.to_be();
         if network.dst[0] & MULTICAST == MULTICAST {
-            Ok(neighbour::answer_solicitation(frame, link, network))
-        } else {
-            Ok(Verdict::PASS)
+            return Ok(neighbour::answer_solicitation(frame, link, network));
         }
+        if network.header.read::<u8>(offset_of!(Ipv6Hdr, next_hdr)) == protocol::ICMPV6 {
+            // As in IPv4.
+            return Ok(icmp::error::carry_on::<Self>(frame));
+        }
+        Ok(Verdict::PASS)
+    }
+
+    /// RFC 4443 section 2.4 (e).
+    #[inline(always)]
+    fn is_host(address: [u32; 4]) -> bool {
+        let [first, ..] = address[0].to_ne_bytes();
+        let low = address[0] | address[1] | address[2];
+        first != 0xff && !(low == 0 && u32::from_be(address[3]) <= 1)
+    }
+
+    /// RFC 4443 section 3.2.
+    #[inline(always)]
+    fn mtu_word(mtu: u32) -> u32 {
+        mtu.to_be()
     }
 
     #[inline(always)]

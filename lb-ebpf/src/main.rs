@@ -22,6 +22,7 @@ mod decap;
 mod family;
 mod flow;
 mod forward;
+mod fragment;
 mod frame;
 mod icmp;
 mod lookup;
@@ -45,10 +46,7 @@ use verdict::Verdict;
 #[xdp(frags)]
 pub fn sluice_xdp(ctx: XdpContext) -> u32 {
     let frame = Frame::new(ctx.ctx);
-    let verdict = match pipeline(&frame) {
-        Ok(verdict) | Err(verdict) => verdict,
-    };
-    verdict::conclude(&frame, verdict)
+    verdict::conclude(&frame, Verdict::of(pipeline(&frame)))
 }
 
 /// Decapsulation on a backend, where no balancer runs.
@@ -80,6 +78,9 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
     }
     let packet = parse::transport::<F>(frame, link, network)?;
     let outgoing = flow::follow(frame, link, &packet, lane)?;
+    if packet.first_fragment {
+        fragment::open(frame, &packet, &outgoing);
+    }
     rewrite::rewrite(frame, link, &packet, &outgoing)?;
     forward::send(frame, &packet, &outgoing)
 }

@@ -1,7 +1,7 @@
 //! The maps. `docs/architecture.md` lists who writes them; sizes here are replaced at load by
 //! those of the configuration.
 
-use crate::flow::Work;
+use crate::{flow::Work, icmp::answer::Allowance};
 use aya_ebpf::{
     btf_maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
     macros::btf_map,
@@ -11,6 +11,7 @@ use lb_common::{
     backend::{Backend, Load, Slot},
     filter,
     flow::{Flow, FlowKey},
+    fragment::{Datagram, FragmentKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::{Counters, DROP_SLOTS},
 };
@@ -45,6 +46,10 @@ pub static CURSORS: Array<Cursor, 4097, MMAPABLE> = Array::new();
 pub static FLOWS4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
 #[btf_map(name = "flows6")]
 pub static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::new();
+#[btf_map(name = "fragments4")]
+pub static FRAGMENTS4: LruHashMap<FragmentKey<u32>, Datagram<u32>, 8192> = LruHashMap::new();
+#[btf_map(name = "fragments6")]
+pub static FRAGMENTS6: LruHashMap<FragmentKey<Addr6>, Datagram<Addr6>, 8192> = LruHashMap::new();
 #[btf_map(name = "backend_load")]
 pub static BACKEND_LOAD: Array<Load, 16385, MMAPABLE> = Array::new();
 #[btf_map(name = "service_stats")]
@@ -67,9 +72,11 @@ pub static WORK6: PerCpuArray<Work<Addr6>, 1> = PerCpuArray::new();
 /// Bytes of a packet that are summed at a time.
 pub const CHUNK: usize = 512;
 
-/// A piece of a packet, larger than the stack allows.
+/// What a CPU keeps for itself beside the packet's own [`Work`].
 #[repr(C)]
 pub struct Scratch {
-    /// The piece, and room to pad it to a whole word.
+    /// A piece of a packet, and room to pad it to a whole word.
     pub bytes: [u8; CHUNK + 8],
+    /// For answers that must not become too many.
+    pub allowance: Allowance,
 }

@@ -1,7 +1,7 @@
 //! What becomes of a packet, and the one place where that is counted and told to the kernel.
 
-use crate::{frame::Frame, maps, reset, stats};
-use aya_ebpf::bindings::xdp_action;
+use crate::{frame::Frame, icmp, maps, reset, stats};
+use aya_ebpf::bindings::{xdp_action, xdp_md};
 use lb_common::stats::DropReason;
 
 /// What becomes of a packet: an action, a drop reason, and a service or interface.
@@ -27,6 +27,16 @@ impl Verdict {
     #[inline(always)]
     const fn new(action: u8, reason: u8, object: u32) -> Self {
         Self((object as u64) << 32 | (reason as u64) << 8 | action as u64)
+    }
+
+    /// Not yet decided: what a subprogram leaves to [`crate::rewrite::finish`].
+    pub const ENCAPSULATE: Self = Self(u64::MAX);
+
+    /// The verdict, wherever the packet's way ended.
+    #[inline(always)]
+    pub fn of(way: Result<Self, Self>) -> Self {
+        let (Ok(verdict) | Err(verdict)) = way;
+        verdict
     }
 
     /// The verdict as a subprogram returns it.
@@ -66,8 +76,15 @@ impl Verdict {
     /// What a subprogram decided: a drop reason's number, and whether the sender is told.
     #[inline(always)]
     pub const fn refused(reason: u8, tell: bool, service: u32) -> Self {
-        // Counted like a drop; a TCP sender is told with RST.
+        // Counted like a drop; the sender is told with RST or an ICMP error.
         Self::new(if tell { REFUSE } else { DROP }, reason, service)
+    }
+
+    /// Dropped and counted, and the sender is told to send no more than `mtu` bytes.
+    #[inline(always)]
+    pub const fn too_big(mtu: u16, service: u32) -> Self {
+        let refused = Self::refused(DropReason::TooBig as u8, true, service);
+        Self(refused.0 | (mtu as u64) << 16)
     }
 }
 
@@ -88,11 +105,21 @@ pub fn conclude(frame: &Frame, verdict: Verdict) -> u32 {
         }),
         _ => {
             stats::count_drop(reason, object);
-            if action == REFUSE && reset::answer(frame.ctx) {
+            if action == REFUSE && tell(frame.ctx, reason, (verdict.0 >> 16) as u16) {
                 xdp_action::XDP_TX
             } else {
                 xdp_action::XDP_DROP
             }
         }
+    }
+}
+
+/// Makes of the packet what its sender is told; `false` if there is nothing to tell.
+#[inline(always)]
+fn tell(ctx: *mut xdp_md, reason: u8, mtu: u16) -> bool {
+    if reason == DropReason::TtlExceeded as u8 || reason == DropReason::TooBig as u8 {
+        icmp::answer::answer_error(ctx, reason.into(), mtu.into()) != 0
+    } else {
+        reset::answer(ctx)
     }
 }

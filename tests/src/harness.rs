@@ -15,7 +15,7 @@ use aya::{
 use lb_common::{
     abi, addr, backend,
     filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
-    flow, service,
+    flow, fragment, service,
     stats::{Counters, DropReason},
 };
 use std::{
@@ -48,6 +48,8 @@ pub const UDP: u8 = 17;
 pub const INGRESS: u32 = 1;
 /// UDP port that `gue` sends to in tests.
 pub const GUE_PORT: u16 = 6080;
+/// MTU of [`INGRESS`].
+pub const MTU: u16 = 1500;
 /// An interface beside [`INGRESS`] that packets may be redirected to.
 pub const OTHER_INTERFACE: u32 = 1000;
 /// An interface that packets may not be redirected to.
@@ -429,6 +431,8 @@ pub struct Balancer {
 /// An LRU hash begins to evict before it is full, since each CPU keeps free entries of its own; far
 /// larger than any test's flows.
 const FLOWS: u32 = 32768;
+/// Entries of the tables of fragmented datagrams.
+const FRAGMENTS: u32 = 2048;
 /// Slots of a table for a hash scheduler.
 const TABLE_SLOTS: usize = 251;
 /// Elements of the maps indexed by service number.
@@ -483,7 +487,7 @@ impl Balancer {
             INGRESS,
             service::Interface {
                 mac: BALANCER.mac,
-                reserved: 0,
+                mtu: MTU,
             },
         );
         let mut redirects: DevMapHash<&mut MapData> = balancer
@@ -637,7 +641,10 @@ impl Balancer {
             family,
             flags: flag(b.resolved, backend::BACKEND_RESOLVED)
                 | flag(b.alive, backend::BACKEND_ALIVE),
-            mtu: b.mtu,
+            mtu: b.mtu.saturating_sub(service::forward::overhead(
+                self.services[number as usize - 1].forward,
+                family,
+            )),
         };
         let element = self.backend_number(number, index);
         self.set("backends", element, record);
@@ -971,10 +978,45 @@ impl Balancer {
         }
     }
 
-    /// Forgets all flows, connections and round-robin positions; counters stay.
+    /// Makes every fragmented datagram older by `ticks`.
+    pub fn age_fragments(&mut self, ticks: u32) {
+        self.age_datagrams::<u32>("fragments4", ticks);
+        self.age_datagrams::<[u32; 4]>("fragments6", ticks);
+    }
+
+    fn age_datagrams<A>(&mut self, map: &str, ticks: u32)
+    where
+        A: addr::Address,
+        fragment::FragmentKey<A>: bytemuck::Pod,
+        fragment::Datagram<A>: bytemuck::Pod,
+    {
+        type Fragments<M, A> =
+            BpfHashMap<M, Raw<fragment::FragmentKey<A>>, Raw<fragment::Datagram<A>>>;
+        let mut hash: Fragments<&mut MapData, A> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a hash of these sizes: {e}"));
+        let entries: Vec<_> = hash.iter().collect();
+        for entry in entries {
+            let (key, mut datagram) = entry.unwrap_or_else(|e| panic!("map {map}: {e}"));
+            datagram.0.created = datagram.0.created.wrapping_sub(ticks);
+            hash.insert(key, datagram, 0)
+                .unwrap_or_else(|e| panic!("map {map}: {e}"));
+        }
+    }
+
+    fn clear_fragments(&mut self) {
+        self.clear_hash::<fragment::FragmentKey<u32>, fragment::Datagram<u32>>("fragments4");
+        self.clear_hash::<fragment::FragmentKey<[u32; 4]>, fragment::Datagram<[u32; 4]>>(
+            "fragments6",
+        );
+    }
+
+    /// Forgets all flows, fragments, connections and round-robin positions; counters stay.
     pub fn reset(&mut self) {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_fragments();
         let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
         self.zero::<backend::Load>("backend_load", backends + 1);
         self.zero::<service::Cursor>("cursors", self.services.len() as u32 + 1);
@@ -984,6 +1026,7 @@ impl Balancer {
     fn wipe(&mut self) {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_fragments();
         self.clear_hash::<u32, service::Vip>("vips4");
         self.clear_hash::<[u32; 4], service::Vip>("vips6");
         self.clear_hash::<service::ServiceKey<u32>, u32>("services4");
@@ -1014,6 +1057,11 @@ impl Balancer {
             hash.remove(&key)
                 .unwrap_or_else(|e| panic!("map {map}: {e}"));
         }
+    }
+
+    /// Gives up the object: no other test shall find it as this one left it.
+    pub fn discard(mut self) {
+        self.ebpf = None;
     }
 
     fn ebpf(&self) -> &Ebpf {
@@ -1079,6 +1127,8 @@ fn load() -> Ebpf {
         ("backend_stats", BACKENDS),
         ("flows4", FLOWS),
         ("flows6", FLOWS),
+        ("fragments4", FRAGMENTS),
+        ("fragments6", FRAGMENTS),
     ] {
         loader.map_max_entries(name, entries);
     }

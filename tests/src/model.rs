@@ -6,9 +6,12 @@
 //! that the choice was allowed.
 
 use crate::{
-    harness::{Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, UDP, Verdict},
+    harness::{Backend, Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, UDP, Verdict},
     oracle,
-    packet::{BALANCER, Checksum, Family, Mac, Packet, Transport, pong, reset_for},
+    packet::{
+        BALANCER, Checksum, Family, Mac, Packet, Transport, error_for, pong, reset_for,
+        time_exceeded, too_big,
+    },
 };
 use lb_common::{
     flow::state,
@@ -290,7 +293,7 @@ impl Model {
             .find(|f| f.destination == from && f.source == to)
         {
             if packet.ttl <= 1 {
-                return Ok(dropped(DropReason::TtlExceeded, flow.service));
+                return Ok(expired(packet, flow.service));
             }
             let next = after(flow.state, packet, Sender::Backend);
             if generations.get(&flow.backend).copied().unwrap_or(1) == flow.generation {
@@ -324,7 +327,7 @@ impl Model {
     fn known(&mut self, n: usize, packet: &Packet) -> Option<Prediction> {
         let flow = self.flows[n].clone();
         if packet.ttl <= 1 && flow.forward != forward::DSR {
-            return Some(dropped(DropReason::TtlExceeded, flow.service));
+            return Some(expired(packet, flow.service));
         }
         let service = &self.services[flow.service as usize - 1];
         let backend = &service.backends[flow.index];
@@ -388,7 +391,10 @@ impl Model {
             return Ok(dropped(DropReason::NoNeighbour, number));
         }
         if packet.ttl <= 1 && service.forward != forward::DSR {
-            return Ok(dropped(DropReason::TtlExceeded, number));
+            return Ok(expired(packet, number));
+        }
+        if let Some(answer) = exceeding(packet, &backend, service.forward, number) {
+            return Ok(answer);
         }
         let (client, vip) = ((packet.src, packet.sport), (packet.dst, packet.dport));
         let (source, destination) = if translates(service.forward) {
@@ -481,6 +487,9 @@ impl Model {
     /// A client's packet on its way to the flow's backend.
     fn to_backend(&self, packet: &Packet, flow: &Flow) -> Prediction {
         let backend = &self.services[flow.service as usize - 1].backends[flow.index];
+        if let Some(answer) = exceeding(packet, backend, flow.forward, flow.service) {
+            return answer;
+        }
         let mut packet = packet.clone();
         if packet.checksum != Checksum::Zero && packet.reads_as_partial() {
             packet.checksum = Checksum::Right;
@@ -502,9 +511,6 @@ impl Model {
                 };
                 if out.checksum == Checksum::Right && relies_on_inner(&packet) {
                     out.checksum = packet.checksum;
-                }
-                if backend.mtu != 0 && out.ip_len() > u64::from(backend.mtu) {
-                    return dropped(DropReason::TooBig, flow.service);
                 }
                 out
             }
@@ -707,6 +713,35 @@ fn dropped(reason: DropReason, service: u32) -> Prediction {
         frame: None,
         counts: Counts::default().drop(reason, service),
     }
+}
+
+/// The sender of a packet without a hop left is told.
+fn expired(packet: &Packet, service: u32) -> Prediction {
+    Prediction {
+        verdict: Verdict::Tx,
+        frame: Some(error_for(packet, time_exceeded(packet.family)).build()),
+        ..dropped(DropReason::TtlExceeded, service)
+    }
+}
+
+/// The sender of a packet that does not fit the way to a backend is told how large it may be.
+fn exceeding(packet: &Packet, backend: &Backend, mode: u8, service: u32) -> Option<Prediction> {
+    let outer = if backend.ip.is_ipv4() { 20 } else { 40 };
+    let added = match mode {
+        forward::IPIP => outer,
+        forward::GUE => outer + 8,
+        _ => 0,
+    };
+    let largest = backend.mtu.checked_sub(added)?;
+    if backend.mtu == 0 || packet.ip_len() <= u64::from(largest) {
+        return None;
+    }
+    let error = too_big(packet.family, largest as u16);
+    Some(Prediction {
+        verdict: Verdict::Tx,
+        frame: Some(error_for(packet, error).build()),
+        ..dropped(DropReason::TooBig, service)
+    })
 }
 
 /// TCP is told, unless it is a RST itself; UDP is dropped.

@@ -193,14 +193,23 @@ pub fn fields(frame: &[u8]) -> Vec<(&'static str, String)> {
     out
 }
 
-/// Source and destination port of a TCP or UDP packet.
+/// Source and destination port of a TCP or UDP packet, or of the first fragment of one.
 #[must_use]
 pub fn ports(frame: &[u8]) -> Option<(u16, u16)> {
-    match SlicedPacket::from_ethernet(frame).ok()?.transport? {
-        TransportSlice::Tcp(t) => Some((t.source_port(), t.destination_port())),
-        TransportSlice::Udp(u) => Some((u.source_port(), u.destination_port())),
-        _ => None,
+    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+    match packet.transport {
+        Some(TransportSlice::Tcp(t)) => return Some((t.source_port(), t.destination_port())),
+        Some(TransportSlice::Udp(u)) => return Some((u.source_port(), u.destination_port())),
+        Some(_) => return None,
+        None => {}
     }
+    let payload = packet.ip_payload()?;
+    let segment = payload.payload;
+    if !payload.fragmented || ![6, 17].contains(&payload.ip_number.0) || segment.len() < 4 {
+        return None;
+    }
+    let port = |at: usize| u16::from_be_bytes([segment[at], segment[at + 1]]);
+    Some((port(0), port(2)))
 }
 
 fn mac(bytes: &[u8]) -> String {

@@ -332,6 +332,43 @@ pub fn icmp_error(
     icmp(family, kind, code, rest).payload(quote)
 }
 
+/// Type, code and bytes 4 to 7 of the error about a packet without a hop left.
+#[must_use]
+pub fn time_exceeded(family: Family) -> (u8, u8, [u8; 4]) {
+    match family {
+        Family::V4 => (11, 0, [0; 4]),
+        Family::V6 => (3, 0, [0; 4]),
+    }
+}
+
+/// Type, code and bytes 4 to 7 of the error about a packet larger than `mtu`.
+#[must_use]
+pub fn too_big(family: Family, mtu: u16) -> (u8, u8, [u8; 4]) {
+    let [high, low] = mtu.to_be_bytes();
+    match family {
+        Family::V4 => (3, 4, [0, 0, high, low]),
+        Family::V6 => (2, 0, [0, 0, high, low]),
+    }
+}
+
+/// The error with which a router answers `packet`, from the address it was for, sent back the way
+/// it came. It quotes as much as fits into 576 bytes (RFC 1812) or 1280 (RFC 4443).
+#[must_use]
+pub fn error_for(packet: &Packet, error: (u8, u8, [u8; 4])) -> Packet {
+    let most = match packet.family {
+        Family::V4 => 576 - 28,
+        Family::V6 => 1280 - 48,
+    };
+    let keep = most.min(packet.ip_len() as usize);
+    let mut answer = icmp_error(packet.family, error, packet, keep)
+        .macs(packet.dst_mac, packet.src_mac)
+        .from(packet.dst, 0)
+        .to(packet.src, 0);
+    answer.vlans.clone_from(&packet.vlans);
+    (answer.id, answer.flow_label) = (0, 0);
+    answer
+}
+
 /// An echo request.
 #[must_use]
 pub fn ping(family: Family, id: u16, sequence: u16) -> Packet {
@@ -438,6 +475,33 @@ impl Packet {
         self.fragment = Some(Fragment { offset, more });
         self.dont_fragment = false;
         self
+    }
+
+    /// The fragments in which a host or router sends it on, each with at most `size` bytes (a
+    /// multiple of eight) of what follows the IP header.
+    ///
+    /// # Panics
+    /// If `size` is no multiple of eight.
+    #[must_use]
+    pub fn fragments(&self, size: usize) -> Vec<Self> {
+        assert!(
+            size > 0 && size.is_multiple_of(8),
+            "offsets count in units of eight bytes"
+        );
+        let segment = self.segment();
+        let count = segment.len().div_ceil(size);
+        segment
+            .chunks(size)
+            .enumerate()
+            .map(|(n, chunk)| {
+                let fragment = Self {
+                    transport: Transport::Other(self.protocol()),
+                    payload: chunk.to_vec(),
+                    ..self.clone()
+                };
+                fragment.fragment((n * size / 8) as u16, n + 1 < count)
+            })
+            .collect()
     }
 
     /// Adds bytes after the IP packet.

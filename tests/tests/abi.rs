@@ -6,6 +6,7 @@ use lb_common::{
     backend::{Backend, Load, Slot},
     decap,
     flow::{Flow, FlowKey},
+    fragment::{Datagram, FragmentKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -137,6 +138,20 @@ fn layouts() -> Vec<Layout> {
             l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
             state: u8, direction: u8, forward: u8, reserved: u8,
         }),
+        layout!("FragmentKey_3C_u32_3E_", FragmentKey<u32> {
+            src: u32, dst: u32, id: u32, protocol: u32,
+        }),
+        layout!("FragmentKey_3C__5B_u32_3B__20_4_5D__3E_", FragmentKey<Addr6> {
+            src: Addr6, dst: Addr6, id: u32, protocol: u32,
+        }),
+        layout!("Datagram_3C_u32_3E_", Datagram<u32> {
+            src: u32, dst: u32, backend: u32, generation: u32, service: u32, l2: [u32; 3], ifindex: u32,
+            created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32,
+        }),
+        layout!("Datagram_3C__5B_u32_3B__20_4_5D__3E_", Datagram<Addr6> {
+            src: Addr6, dst: Addr6, backend: u32, generation: u32, service: u32, l2: [u32; 3],
+            ifindex: u32, created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32,
+        }),
         layout!(
             "Load",
             Load {
@@ -160,7 +175,7 @@ fn layouts() -> Vec<Layout> {
             "Interface",
             Interface {
                 mac: [u8; 6],
-                reserved: u16
+                mtu: u16
             }
         ),
     ]
@@ -168,7 +183,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 21] = [
+const MAPS: [(&str, &str, &str); 23] = [
     ("settings", "4", "Settings"),
     ("address_filter", "4", "8"),
     ("vips4", "4", "Vip"),
@@ -184,6 +199,16 @@ const MAPS: [(&str, &str, &str); 21] = [
         "flows6",
         "FlowKey_3C__5B_u32_3B__20_4_5D__3E_",
         "Flow_3C__5B_u32_3B__20_4_5D__3E_",
+    ),
+    (
+        "fragments4",
+        "FragmentKey_3C_u32_3E_",
+        "Datagram_3C_u32_3E_",
+    ),
+    (
+        "fragments6",
+        "FragmentKey_3C__5B_u32_3B__20_4_5D__3E_",
+        "Datagram_3C__5B_u32_3B__20_4_5D__3E_",
     ),
     ("backend_load", "4", "Load"),
     ("service_stats", "4", "Counters"),

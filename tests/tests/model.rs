@@ -333,7 +333,6 @@ impl Dress {
                 .extension(HOP_BY_HOP, 8)
                 .extension(DESTINATION_OPTIONS, 16),
             4 => packet.trailer([0; 6]),
-            5 => packet.fragment(0, true),
             6 => packet.fragment(9, false),
             _ => packet,
         };

@@ -19,9 +19,10 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use core::mem::offset_of;
 use lb_common::{
     abi::{self, ticks_since},
-    backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
     filter::{LANE_NAT_SOURCE, LANE_VIP},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    fragment::{Datagram, FragmentKey},
     service::forward,
     stats::DropReason,
 };
@@ -48,6 +49,8 @@ pub struct Arrival<A> {
     pub l2: [u32; 3],
     pub ifindex: u32,
     pub now: u32,
+    /// Bytes of the IP packet.
+    pub packet_len: u32,
     /// TCP flags.
     pub flags: u8,
     /// 1 if the packet has a hop left.
@@ -61,19 +64,27 @@ pub struct Arrival<A> {
 #[repr(C, align(8))]
 pub struct Work<A> {
     pub arrival: Arrival<A>,
-    /// The service and the backend chosen for a new flow.
+    /// The service and the backend chosen for a new flow, or of the flow that an error quotes.
     pub service: u32,
     pub backend: u32,
+    /// How what a subprogram could not encapsulate itself is to travel: 1 in GUE, 0 in IP.
+    pub gue: u32,
+    /// The hash of its flow.
+    pub hash: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
     /// The client's entry of a new flow.
     pub client: Flow<A>,
+    /// Of the fragment that is being followed, or the first one of a datagram.
+    pub fragment: FragmentKey<A>,
+    /// Where the first fragment goes.
+    pub datagram: Datagram<A>,
 }
 
 /// What a subprogram decided, in one register: one of the constants, or the number of a drop
-/// reason, to which [`REFUSE`] is added if the sender is to be told; the service's number in the
-/// high half.
+/// reason, to which [`REFUSE`] is added if the sender is to be told, and the MTU from bit 16 on if
+/// that is what it is told; the service's number in the high half.
 type Decision = u64;
 
 /// Go on.
@@ -91,6 +102,11 @@ const fn dropped(reason: DropReason, service: u32) -> Decision {
 }
 
 #[inline(always)]
+const fn too_big(mtu: u32, service: u32) -> Decision {
+    refused(DropReason::TooBig, service) | (mtu as u16 as u64) << 16
+}
+
+#[inline(always)]
 const fn refused(reason: DropReason, service: u32) -> Decision {
     dropped(reason, service) | REFUSE
 }
@@ -101,11 +117,11 @@ const fn ended(decision: Decision) -> Verdict {
     if decision == NOT_OURS {
         return Verdict::PASS;
     }
-    Verdict::refused(
-        decision as u8,
-        decision & REFUSE != 0,
-        (decision >> 32) as u32,
-    )
+    let service = (decision >> 32) as u32;
+    if decision as u8 == DropReason::TooBig as u8 {
+        return Verdict::too_big((decision >> 16) as u16, service);
+    }
+    Verdict::refused(decision as u8, decision & REFUSE != 0, service)
 }
 
 /// Ticks between two notes of a flow's last packet: a line that all CPUs read is not written
@@ -135,12 +151,16 @@ pub fn follow<F: Family>(
         let flow = unsafe { &mut *flow };
         let now = now();
         if !can_travel && flow.forward != forward::DSR {
-            return Err(Verdict::drop(DropReason::TtlExceeded, flow.service));
+            return Err(Verdict::refused(
+                DropReason::TtlExceeded as u8,
+                true,
+                flow.service,
+            ));
         }
         if flow.direction == DIRECTION_BACKEND {
             return to_client::<F>(packet, flow, now);
         }
-        if let Some(outgoing) = to_backend::<F>(packet, &key, flow, now)? {
+        if let Some(outgoing) = to_backend::<F>(frame, packet, &key, flow, now)? {
             return Ok(outgoing);
         }
     }
@@ -178,6 +198,7 @@ fn to_client<F: Family>(
 /// begins another.
 #[inline(always)]
 fn to_backend<F: Family>(
+    frame: &Frame,
     packet: &Packet<F>,
     key: &FlowKey<F::Addr>,
     flow: &'static mut Flow<F::Addr>,
@@ -203,12 +224,30 @@ fn to_backend<F: Family>(
             decision => return Err(ended(decision)),
         }
     }
+    if exceeds(packet.packet_len, backend, frame.ingress()) {
+        return Err(Verdict::too_big(backend.mtu as u16, flow.service));
+    }
     touch(flow, now);
     Ok(Some(Outgoing {
         flow,
         l2: &backend.l2,
         ifindex: backend.ifindex,
     }))
+}
+
+/// Whether a packet is too large for the way to a backend.
+///
+/// One that is larger than the interface it came by can receive is not a packet yet: generic mode
+/// sees what a local sender leaves its interface to cut up, and sends it on like that.
+#[inline(always)]
+pub fn exceeds(packet_len: u32, backend: &Backend, ingress: u32) -> bool {
+    // An MTU of 0 is that of a way that is not known.
+    if packet_len.wrapping_sub(1) <= backend.mtu.wrapping_sub(1) {
+        return false;
+    }
+    // SAFETY: a copy of one half word.
+    let received = unsafe { maps::INTERFACES.get(ingress) }.map_or(0, |i| i.mtu);
+    received == 0 || packet_len <= u32::from(received)
 }
 
 /// The first packet of a flow.
@@ -226,6 +265,7 @@ fn begin<F: Family>(
     work.arrival.l2 = back(link);
     work.arrival.ifindex = frame.ingress();
     work.arrival.now = now();
+    work.arrival.packet_len = packet.packet_len;
     work.arrival.flags = packet.flags.0;
     work.arrival.can_travel = u8::from(can_travel);
     work.arrival.lane = lane;
@@ -280,7 +320,7 @@ fn is_nat_port(port: u16) -> bool {
 
 /// The coarse clock: a jiffy's resolution for the price of reading a variable.
 #[inline(always)]
-fn now() -> u32 {
+pub fn now() -> u32 {
     // SAFETY: the helper only reads the kernel's clock.
     abi::ticks_from_ns(unsafe { bpf_ktime_get_coarse_ns() })
 }

@@ -6,7 +6,7 @@
 use super::{
     Decision, FOLLOW, NOT_OURS,
     change::{ACTIVE, INACTIVE, count_load},
-    dropped, refused,
+    dropped, exceeds, refused, too_big,
 };
 use crate::{
     family::Family,
@@ -48,7 +48,10 @@ pub fn choose<F: Family>() -> Decision {
         return dropped(DropReason::NoNeighbour, number);
     }
     if arrival.can_travel == 0 && service.forward != forward::DSR {
-        return dropped(DropReason::TtlExceeded, number);
+        return refused(DropReason::TtlExceeded, number);
+    }
+    if exceeds(arrival.packet_len, backend, arrival.ifindex) {
+        return too_big(backend.mtu, number);
     }
     work.service = number;
     work.backend = backend_number;

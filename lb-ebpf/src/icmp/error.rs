@@ -4,14 +4,13 @@
 //! balancer, so the quoted addresses and ports the other way round are the key of the entry that
 //! carries packets *towards* whoever sent it, and that entry says all there is to write.
 
-use super::translates;
 use crate::{
     checksum,
     family::{Family, V4, V6},
     frame::{Cursor, Frame},
-    maps, parse,
+    lookup, maps, parse,
     parse::protocol,
-    stats,
+    rewrite, stats,
     verdict::Verdict,
 };
 use aya_ebpf::bindings::xdp_md;
@@ -20,7 +19,9 @@ use lb_common::{
     addr::Address,
     backend::BACKEND_RESOLVED,
     csum,
-    flow::{DIRECTION_BACKEND, Flow, FlowKey},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey},
+    hash,
+    service::forward,
     stats::DropReason,
 };
 use network_types::{icmp::Icmpv4Hdr, tcp::TcpHdr, udp::UdpHdr};
@@ -40,8 +41,14 @@ pub struct Quoted<A> {
 /// Bytes of the transport header that every quote holds (RFC 792): the ports, and UDP's checksum.
 const QUOTED_TRANSPORT: u32 = 8;
 
-/// Carries the error in `ctx`, which is for one of our addresses, to the flow's end; what quotes
+/// Carries the error in `frame` to the end of the flow that it quotes; what is no error or quotes
 /// no flow is the kernel's.
+#[inline(always)]
+pub fn carry_on<F: Family>(frame: &Frame) -> Verdict {
+    rewrite::finish::<F>(frame, F::carry_error(frame.ctx))
+}
+
+/// All of [`carry_on`] but the encapsulation.
 #[inline(always)]
 fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let frame = Frame::new(ctx);
@@ -53,6 +60,10 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let icmp = located.header;
     let quote = icmp.skip(Icmpv4Hdr::LEN);
     let quoted = F::quoted(&frame, quote).ok_or(Verdict::PASS)?;
+    // An error goes to the source of what it quotes.
+    if located.protocol != F::ICMP || !F::is_icmp_error(icmp.read(0)) || network.dst != quoted.src {
+        return Err(Verdict::PASS);
+    }
     let to_transport = Icmpv4Hdr::LEN as u32 + quoted.header_len;
     if located.transport_len < to_transport + QUOTED_TRANSPORT {
         return Err(Verdict::PASS);
@@ -82,49 +93,52 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         return Err(Verdict::drop(DropReason::TtlExceeded, service));
     }
     let (l2, ifindex) = next_hop(flow)?;
-
-    let tcp_check = to_transport + offset_of!(TcpHdr, check) as u32 + 2 <= located.transport_len;
-    translate_quote::<F>(
-        &frame,
-        icmp,
-        quote,
-        transport,
-        flow,
-        quoted.protocol,
-        tcp_check,
-    );
-    let source = if translates(flow) {
-        flow.src
-    } else {
-        network.src
-    };
-    let outer = checksum::replaced(network.src, source) + checksum::replaced(network.dst, flow.dst);
-    if F::ICMP == protocol::ICMPV6 {
-        // The pseudo-header has the addresses (RFC 4443 section 2.3).
-        add_to_check(icmp, csum::fold(outer));
-    }
-    F::readdress(
-        network.header,
-        source,
-        flow.dst,
-        csum::fold(outer),
-        hops - 1,
-    );
-    link.header.write_words(0, &l2);
     let bytes = u64::from(located.packet_len);
     if flow.direction == DIRECTION_BACKEND {
         stats::count_out(service, flow.backend, bytes);
     } else {
         stats::count_in(service, flow.backend, bytes);
     }
+    if !forward::translates(flow.forward) {
+        // The backend answered the client itself: the quote is what it sent.
+        if forward::encapsulates(flow.forward) {
+            work.backend = flow.backend;
+            work.service = service;
+            work.gue = u32::from(flow.forward == forward::GUE);
+            work.hash = hash::flow_hash(&work.arrival.key);
+            return Ok(Verdict::ENCAPSULATE);
+        }
+        link.header.write_words(0, l2);
+        return Ok(Verdict::leave(&frame, ifindex));
+    }
+
+    let tcp_check = to_transport + offset_of!(TcpHdr, check) as u32 + 2 <= located.transport_len;
+    let protocol = quoted.protocol;
+    translate_quote::<F>(&frame, icmp, quote, transport, flow, protocol, tcp_check);
+    // In `dnat` the backend sees the addresses of clients, and of their routers as well.
+    let source = if flow.forward == forward::DNAT && flow.direction == DIRECTION_CLIENT {
+        network.src
+    } else {
+        lookup::load(&flow.src)
+    };
+    let destination = lookup::load(&flow.dst);
+    let outer = csum::fold(
+        checksum::replaced(network.src, source) + checksum::replaced(network.dst, destination),
+    );
+    if F::ICMP == protocol::ICMPV6 {
+        // The pseudo-header has the addresses (RFC 4443 section 2.3).
+        add_to_check(icmp, outer);
+    }
+    F::readdress(network.header, source, destination, outer, hops - 1);
+    link.header.write_words(0, l2);
     Ok(Verdict::leave(&frame, ifindex))
 }
 
 /// MAC addresses and interface towards the end of the flow.
 #[inline(always)]
-fn next_hop<A: Address>(flow: &Flow<A>) -> Result<([u32; 3], u32), Verdict> {
+fn next_hop<A: Address>(flow: &'static Flow<A>) -> Result<(&'static [u32; 3], u32), Verdict> {
     if flow.direction == DIRECTION_BACKEND {
-        return Ok((flow.l2, flow.ifindex));
+        return Ok((&flow.l2, flow.ifindex));
     }
     let backend = maps::BACKENDS
         .get(flow.backend)
@@ -133,7 +147,7 @@ fn next_hop<A: Address>(flow: &Flow<A>) -> Result<([u32; 3], u32), Verdict> {
     if backend.flags & BACKEND_RESOLVED == 0 {
         return Err(Verdict::drop(DropReason::NoNeighbour, flow.service));
     }
-    Ok((backend.l2, backend.ifindex))
+    Ok((&backend.l2, backend.ifindex))
 }
 
 /// Makes the quoted packet the one its sender knows, and mends the ICMP checksum.
@@ -190,18 +204,12 @@ fn add_to_check(icmp: Cursor, delta: u16) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn carry_error4(ctx: *mut xdp_md) -> u64 {
-    bits(carry::<V4>(ctx))
+    Verdict::of(carry::<V4>(ctx)).bits()
 }
 
 /// [`carry`] for IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn carry_error6(ctx: *mut xdp_md) -> u64 {
-    bits(carry::<V6>(ctx))
-}
-
-#[inline(always)]
-fn bits(verdict: Result<Verdict, Verdict>) -> u64 {
-    let (Ok(verdict) | Err(verdict)) = verdict;
-    verdict.bits()
+    Verdict::of(carry::<V6>(ctx)).bits()
 }

@@ -1,18 +1,19 @@
 //! ICMP (RFC 792) and ICMPv6 (RFC 4443): a VIP answers its ping, and errors about our packets
 //! reach those who must know.
 
+pub mod answer;
 pub mod error;
 
 use crate::{
     family::{Family, HOPS},
     frame::Frame,
     lookup,
-    parse::{Link, Located, Network},
+    parse::{self, Fault, Link, Located, Network},
     rewrite,
     verdict::Verdict,
 };
 use core::mem::offset_of;
-use lb_common::{csum, flow::Flow};
+use lb_common::csum;
 use network_types::icmp::Icmpv4Hdr;
 
 /// Answers an echo request for a VIP in place and carries errors on; anything else is the
@@ -30,17 +31,21 @@ pub fn answer<F: Family>(
     let Some(header) = frame.check(located.header, Icmpv4Hdr::LEN) else {
         return Verdict::PASS;
     };
+    if located.first_fragment {
+        // Only the whole of it has the checksum that an answer needs.
+        return parse::unsound(network, Fault::Fragment);
+    }
     if located.transport_len < Icmpv4Hdr::LEN as u32 {
-        return Verdict::PASS;
-    }
-    if F::is_icmp_error(header.read(0)) {
-        return Verdict::from_bits(F::carry_error(frame.ctx));
-    }
-    if lookup::vip::<F>(&network.dst).is_none() {
         return Verdict::PASS;
     }
     let request = u16::from_ne_bytes([F::ECHO_REQUEST, 0]);
     let reply = u16::from_ne_bytes([F::ECHO_REPLY, 0]);
+    if F::is_icmp_error(header.read(0)) {
+        return error::carry_on::<F>(frame);
+    }
+    if lookup::vip::<F>(&network.dst).is_none() {
+        return Verdict::PASS;
+    }
     if header.read::<u16>(0) != request {
         return F::answer_icmp(frame, link, network);
     }
@@ -52,10 +57,4 @@ pub fn answer<F: Family>(
     F::readdress(network.header, network.dst, network.src, 0, HOPS);
     rewrite::exchange_link(link);
     Verdict::TRANSMIT
-}
-
-/// Whether the source of packets in a flow's direction becomes the balancer's.
-#[inline(always)]
-const fn translates<A>(_flow: &Flow<A>) -> bool {
-    true
 }

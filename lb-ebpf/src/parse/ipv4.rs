@@ -21,9 +21,9 @@ pub fn network(frame: &Frame, link: &Link) -> Option<Network<V4>> {
     })
 }
 
-/// Finds the transport header behind the options.
+/// Finds the transport header behind the options, also that of a first fragment.
 #[inline(always)]
-pub fn locate(frame: &Frame, network: &Network<V4>) -> Result<Located, Fault> {
+pub fn locate_first(frame: &Frame, network: &Network<V4>) -> Result<Located, Fault> {
     let header = network.header;
     let version_ihl: u8 = header.read(offset_of!(Ipv4Hdr, vihl));
     let header_len = u32::from(version_ihl & 0xf) * 4;
@@ -35,7 +35,8 @@ pub fn locate(frame: &Frame, network: &Network<V4>) -> Result<Located, Fault> {
     {
         return Err(Fault::Malformed);
     }
-    if header.read::<u16>(offset_of!(Ipv4Hdr, frags)) & FRAGMENT_BITS != 0 {
+    let fragment = header.read::<u16>(offset_of!(Ipv4Hdr, frags)) & FRAGMENT_BITS;
+    if fragment & OFFSET != 0 {
         return Err(Fault::Fragment);
     }
     Ok(Located {
@@ -43,5 +44,6 @@ pub fn locate(frame: &Frame, network: &Network<V4>) -> Result<Located, Fault> {
         protocol: header.read(offset_of!(Ipv4Hdr, proto)),
         packet_len,
         transport_len: packet_len - header_len,
+        first_fragment: fragment != 0,
     })
 }

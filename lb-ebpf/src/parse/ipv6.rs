@@ -16,6 +16,9 @@ pub const FRAGMENT_LEN: usize = 8;
 /// Fragment offset, in the third and fourth byte of a fragment header.
 pub const OFFSET: u16 = 0xfff8_u16.to_be();
 
+/// More-fragments flag beside it.
+const MORE: u16 = 1_u16.to_be();
+
 /// Extension headers that are walked over; RFC 8200 section 4.1 orders no more than four before
 /// the transport header.
 const MAX_EXTENSIONS: u32 = 4;
@@ -31,9 +34,9 @@ pub fn network(frame: &Frame, link: &Link) -> Option<Network<V6>> {
     })
 }
 
-/// Finds the transport header behind the extension headers.
+/// Finds the transport header behind the extension headers, also that of a first fragment.
 #[inline(always)]
-pub fn locate(frame: &Frame, network: &Network<V6>) -> Result<Located, Fault> {
+pub fn locate_first(frame: &Frame, network: &Network<V6>) -> Result<Located, Fault> {
     let header = network.header;
     let version_class: u8 = header.read(0);
     let payload_len = u32::from(u16::from_be(header.read(offset_of!(Ipv6Hdr, payload_len))));
@@ -46,16 +49,27 @@ pub fn locate(frame: &Frame, network: &Network<V6>) -> Result<Located, Fault> {
         protocol: header.read(offset_of!(Ipv6Hdr, next_hdr)),
         packet_len,
         transport_len: payload_len,
+        first_fragment: false,
     };
     for _ in 0..MAX_EXTENSIONS {
         match located.protocol {
             HOP_BY_HOP | ROUTING | DESTINATION => {}
-            FRAGMENT => return Err(Fault::Fragment),
+            FRAGMENT => {}
             _ => return Ok(located),
         }
-        // Length in units of 8 bytes, the first not counted (RFC 8200 section 4.3).
         let extension = frame.check(located.header, 8).ok_or(Fault::Malformed)?;
-        let len = (u32::from(extension.read::<u8>(1)) + 1) * 8;
+        let len = if located.protocol == FRAGMENT {
+            let place: u16 = extension.read(2);
+            if place & OFFSET != 0 {
+                return Err(Fault::Fragment);
+            }
+            // One that says it is the only one is none (RFC 6946).
+            located.first_fragment = place & MORE != 0;
+            FRAGMENT_LEN as u32
+        } else {
+            // Length in units of 8 bytes, the first not counted (RFC 8200 section 4.3).
+            (u32::from(extension.read::<u8>(1)) + 1) * 8
+        };
         if len > located.transport_len {
             return Err(Fault::Malformed);
         }
@@ -64,8 +78,25 @@ pub fn locate(frame: &Frame, network: &Network<V6>) -> Result<Located, Fault> {
         located.transport_len -= len;
     }
     match located.protocol {
-        HOP_BY_HOP | ROUTING | DESTINATION => Err(Fault::Malformed),
-        FRAGMENT => Err(Fault::Fragment),
+        HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => Err(Fault::Malformed),
         _ => Ok(located),
     }
+}
+
+/// Finds the fragment header of a fragment: its identification.
+#[inline(always)]
+pub fn identification(frame: &Frame, network: &Network<V6>) -> Option<u32> {
+    let mut next: u8 = network.header.read(offset_of!(Ipv6Hdr, next_hdr));
+    let mut at = network.header.skip(Ipv6Hdr::LEN);
+    for _ in 0..MAX_EXTENSIONS {
+        let extension = frame.check(at, 8)?;
+        match next {
+            FRAGMENT => return Some(extension.read(4)),
+            HOP_BY_HOP | ROUTING | DESTINATION => {}
+            _ => return None,
+        }
+        next = extension.read(0);
+        at = extension.skip((usize::from(extension.read::<u8>(1)) + 1) * 8);
+    }
+    None
 }

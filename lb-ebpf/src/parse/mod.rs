@@ -9,7 +9,7 @@ pub mod ipv6;
 mod transport;
 
 pub use ethernet::{Link, parse as ethernet};
-pub use transport::{Packet, TcpFlags, transport};
+pub use transport::{Packet, TcpFlags, transport, unsound};
 
 use crate::{
     family::Family,
@@ -45,13 +45,16 @@ pub struct Located {
     pub packet_len: u32,
     /// Bytes from the transport header to the end of the IP packet.
     pub transport_len: u32,
+    /// Whether more of it comes in later fragments: then there is less of it here than its own
+    /// headers say.
+    pub first_fragment: bool,
 }
 
 /// Why a packet cannot be balanced.
 pub enum Fault {
     /// Headers contradict each other or the frame.
     Malformed,
-    /// A fragment: its ports are not to be had.
+    /// A fragment that has no ports.
     Fragment,
 }
 

@@ -3,6 +3,7 @@
 use super::{Fault, Located, Network, protocol};
 use crate::{
     family::Family,
+    fragment,
     frame::{Cursor, Frame},
     icmp, lookup,
     verdict::Verdict,
@@ -55,6 +56,8 @@ pub struct Packet<F: Family> {
     pub packet_len: u32,
     /// Bytes of transport header and payload.
     pub transport_len: u32,
+    /// Whether later fragments bring more of it.
+    pub first_fragment: bool,
 }
 
 impl<F: Family> Packet<F> {
@@ -81,8 +84,9 @@ pub fn transport<F: Family>(
     link: &super::Link,
     network: Network<F>,
 ) -> Result<Packet<F>, Verdict> {
-    let located = match F::locate(frame, &network) {
+    let located = match F::locate_first(frame, &network) {
         Ok(located) => located,
+        Err(Fault::Fragment) => return Err(fragment::follow::<F>(frame)),
         Err(fault) => return Err(unsound(&network, fault)),
     };
     let Located {
@@ -90,6 +94,7 @@ pub fn transport<F: Family>(
         protocol,
         packet_len,
         transport_len,
+        first_fragment,
     } = located;
     let flags = match protocol {
         protocol::TCP => {
@@ -107,7 +112,7 @@ pub fn transport<F: Family>(
                 return Err(unsound(&network, Fault::Malformed));
             }
             let len = u32::from(u16::from_be(transport.read(offset_of!(UdpHdr, len))));
-            if len < UdpHdr::LEN as u32 || len > transport_len {
+            if len < UdpHdr::LEN as u32 || (len > transport_len && !first_fragment) {
                 return Err(unsound(&network, Fault::Malformed));
             }
             TcpFlags(0)
@@ -125,11 +130,13 @@ pub fn transport<F: Family>(
         flags,
         packet_len,
         transport_len,
+        first_fragment,
     })
 }
 
+/// What becomes of a packet that cannot be balanced.
 #[inline(always)]
-fn unsound<F: Family>(network: &Network<F>, fault: Fault) -> Verdict {
+pub fn unsound<F: Family>(network: &Network<F>, fault: Fault) -> Verdict {
     if lookup::vip::<F>(&network.dst).is_none() {
         return Verdict::PASS;
     }

@@ -107,9 +107,6 @@ fn push_outer<F: Family, G: Family>(
     let growth = G::HEADER_LEN as u32 + udp_len;
     let class = F::class(header);
     let len = F::packet_len(header);
-    if backend.mtu != 0 && len + growth > backend.mtu {
-        return DropReason::TooBig as u32;
-    }
     // One hop is ours (RFC 2003 section 3.1).
     F::age(header);
     let mut inner = Inner {
@@ -246,7 +243,11 @@ fn inner_sum<F: Family>(
     len: u32,
 ) -> Option<u64> {
     let network = F::network(frame, link)?;
-    let located = F::locate(frame, &network).ok()?;
+    let Ok(located) = F::locate(frame, &network) else {
+        // A fragment: the transport checksum covers more than is here.
+        let all = checksum::complete(frame.ctx, frame.offset(header) as u32, len)?;
+        return Some(u64::from(!all));
+    };
     let plain = located.transport_len + F::HEADER_LEN as u32 == len;
     let summed = match located.protocol {
         protocol::TCP => frame.check(located.header, TcpHdr::LEN).is_some(),

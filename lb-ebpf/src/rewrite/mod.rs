@@ -9,6 +9,7 @@ use crate::{
     family::Family,
     flow::Outgoing,
     frame::Frame,
+    maps,
     parse::{Link, Packet, protocol},
     verdict::Verdict,
 };
@@ -75,7 +76,8 @@ fn new_checksum<F: Family>(
         packet.transport_len,
     );
     let mut check = check;
-    if check == pseudo {
+    // A sender that cuts up a datagram itself has computed its checksum before.
+    if check == pseudo && !packet.first_fragment {
         check = checksum::complete(
             frame.ctx,
             frame.offset(packet.transport) as u32,
@@ -89,6 +91,38 @@ fn new_checksum<F: Family>(
         Some(delta) => csum::update(check, delta),
         None => check,
     }))
+}
+
+/// The verdict of a subprogram, after the encapsulation that it may have left over: the stack has
+/// no room for a subprogram that calls one that calls another.
+#[inline(always)]
+pub fn finish<F: Family>(frame: &Frame, bits: u64) -> Verdict {
+    if bits != Verdict::ENCAPSULATE.bits() {
+        return Verdict::from_bits(bits);
+    }
+    let Some(work) = F::work() else {
+        return Verdict::PASS;
+    };
+    let Some(backend) = maps::BACKENDS.get(work.backend) else {
+        return Verdict::PASS;
+    };
+    let ifindex = backend.ifindex;
+    match F::encapsulate(frame.ctx, work.backend, work.hash, work.gue) {
+        0 => Verdict::leave(frame, ifindex),
+        reason => Verdict::refused(reason as u8, false, work.service),
+    }
+}
+
+/// Copies the Ethernet addresses of a next hop, word by word like [`lookup::load`].
+///
+/// [`lookup::load`]: crate::lookup::load
+#[inline(always)]
+pub fn copy_link(to: &mut [u32; 3], from: &[u32; 3]) {
+    let first = from.as_ptr();
+    for (i, word) in to.iter_mut().enumerate() {
+        // SAFETY: one of the three words.
+        *word = unsafe { first.add(i).read_volatile() };
+    }
 }
 
 /// Sends an answer back the way the packet came.

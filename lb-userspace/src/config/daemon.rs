@@ -253,6 +253,7 @@ impl Limits {
         listeners: 65536,
         backends: 16384,
         slots: 1 << 22,
+        fragments: 8192,
     };
     // Map sizes and numbers in the maps are 32 bits wide; above these the memory is no longer
     // that of one machine.
@@ -262,6 +263,7 @@ impl Limits {
         listeners: 1 << 26,
         backends: 1 << 24,
         slots: 1 << 30,
+        fragments: 1 << 24,
     };
 }
 
@@ -276,7 +278,14 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
     let Some(section) = root.table("limits", "limits")? else {
         return Ok((Limits::DEFAULT, 0));
     };
-    section.only(&["flows", "services", "listeners", "backends", "slots"])?;
+    section.only(&[
+        "flows",
+        "services",
+        "listeners",
+        "backends",
+        "slots",
+        "fragments",
+    ])?;
     let limit = |key, default, largest| match section.get(key) {
         None => Ok(default),
         Some(entry) => entry.integer(1, largest),
@@ -294,6 +303,7 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
         )?,
         backends: limit("backends", default.backends, largest.backends)?,
         slots: limit("slots", default.slots, largest.slots)?,
+        fragments: limit("fragments", default.fragments, largest.fragments)?,
     };
     Ok((limits, section.offset))
 }

@@ -101,6 +101,8 @@ pub struct Limits {
     pub backends: u32,
     /// Slots of all selection tables together.
     pub slots: u32,
+    /// Entries of each family's table of fragmented datagrams.
+    pub fragments: u32,
 }
 
 /// One `[[service]]`.

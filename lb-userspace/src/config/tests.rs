@@ -48,6 +48,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             listeners: 65536,
             backends: 16384,
             slots: 4_194_304,
+            fragments: 8192,
         },
         services: vec![Service {
             name: "web".to_owned(),

@@ -20,10 +20,7 @@ use crate::{
     reconcile::{self, Hop, Reconciler, apply},
 };
 use anyhow::{Context as _, Result};
-use lb_common::{
-    service::{Interface, forward},
-    stats::DropReason,
-};
+use lb_common::{service::forward, stats::DropReason};
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
@@ -473,10 +470,10 @@ impl Daemon {
     /// Writes what the data plane must know of an interface.
     fn announce_interface(&self, name: &str, ifindex: u32) -> Result<()> {
         let maps = &self.dataplane.maps;
-        let mac = start::mac_of(name)
-            .with_context(|| format!("interface {name}: cannot read its Ethernet address"))?;
-        maps.interfaces
-            .insert(&ifindex, &Interface { mac, reserved: 0 })?;
+        let interface = start::interface(name).with_context(|| {
+            format!("interface {name}: cannot read its Ethernet address and MTU")
+        })?;
+        maps.interfaces.insert(&ifindex, &interface)?;
         let redirect = crate::dataplane::Redirect {
             ifindex,
             program: 0,

@@ -15,6 +15,7 @@ use lb_common::{
     abi::Settings,
     addr::{from_ipv4, from_ipv6, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
+    service::Interface,
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -202,7 +203,10 @@ fn inherit(daemon: &mut Daemon) {
                 source: [s0, s1, s2, s3, s4, s5],
                 ifindex: record.ifindex,
                 address: to_ip(record.family, &record.source),
-                mtu: record.mtu,
+                mtu: match record.mtu {
+                    0 => 0,
+                    mtu => mtu + daemon.reconciler.overhead(&service, record.family),
+                },
             };
             daemon.hops.insert(address.ip(), hop);
         }
@@ -273,9 +277,9 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
     })
 }
 
-/// The Ethernet address of an interface in the network namespace of this process, which is not
-/// always the one that /sys shows.
-pub(super) fn mac_of(name: &str) -> io::Result<[u8; 6]> {
+/// What the data plane must know of an interface in the network namespace of this process, which is
+/// not always the one that /sys shows.
+pub(super) fn interface(name: &str) -> io::Result<Interface> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     // SAFETY: plain data, for which all zeroes is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -287,13 +291,22 @@ pub(super) fn mac_of(name: &str) -> io::Result<[u8; 6]> {
     {
         *to = from.cast_signed();
     }
-    // SAFETY: the request is of the type that the call reads and writes.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let mut ask = |what: libc::Ioctl| {
+        // SAFETY: the request is of the type that the call reads and writes.
+        match unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw mut request) } {
+            0 => Ok(request.ifr_ifru),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
     // SAFETY: the call that just succeeded wrote this member.
-    let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
-    Ok(std::array::from_fn(|i| data[i].cast_unsigned()))
+    let mac = unsafe { ask(libc::SIOCGIFHWADDR)?.ifru_hwaddr.sa_data };
+    // SAFETY: as above.
+    let mtu = unsafe { ask(libc::SIOCGIFMTU)?.ifru_mtu };
+    Ok(Interface {
+        mac: std::array::from_fn(|i| mac[i].cast_unsigned()),
+        // That of the loopback interface is 65536.
+        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+    })
 }
 
 /// `1 service`, `2 services`.

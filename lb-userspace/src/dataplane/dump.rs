@@ -16,6 +16,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
     filter,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    fragment::{Datagram, FragmentKey},
     names::{self, name_of},
     service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, Vip},
     stats::{Counters, DropReason},
@@ -68,6 +69,13 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         ),
         "flows4" => hash(&maps.flows4, emit, flow),
         "flows6" => hash(&maps.flows6, emit, flow),
+        "fragments4" => hash(&maps.fragments4, emit, |key, datagram| {
+            let id = u16::from_ne_bytes([key.id.to_ne_bytes()[0], key.id.to_ne_bytes()[1]]);
+            fragment(key, u32::from(u16::from_be(id)), datagram)
+        }),
+        "fragments6" => hash(&maps.fragments6, emit, |key, datagram| {
+            fragment(key, u32::from_be(key.id), datagram)
+        }),
         "backend_load" => array(
             &maps.backend_load,
             emit,
@@ -258,6 +266,33 @@ fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
         value["next_hop"] = destination.into();
         value["source_mac"] = source.into();
         value["ifindex"] = flow.ifindex.into();
+    }
+    value
+}
+
+fn fragment<A: Address>(key: &FragmentKey<A>, id: u32, datagram: &Datagram<A>) -> Value {
+    let mut value = json!({
+        "source": ip(key.src),
+        "destination": ip(key.dst),
+        "id": id,
+        "to_source": ip(datagram.src),
+        "to_destination": ip(datagram.dst),
+        "service": datagram.service,
+        "backend": datagram.backend,
+        "generation": datagram.generation,
+        "created_tick": datagram.created,
+    });
+    if A::FAMILY == addr::FAMILY_V4 {
+        value["protocol"] = protocol(key.protocol).into();
+    }
+    if datagram.direction == DIRECTION_CLIENT {
+        value["direction"] = "client".into();
+    } else {
+        let (destination, source) = macs(&datagram.l2);
+        value["direction"] = "backend".into();
+        value["next_hop"] = destination.into();
+        value["source_mac"] = source.into();
+        value["ifindex"] = datagram.ifindex.into();
     }
     value
 }

@@ -11,6 +11,7 @@ use lb_common::{
     abi::Settings,
     backend::{Backend, Load, Slot},
     flow::{Flow, FlowKey},
+    fragment::{Datagram, FragmentKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -91,6 +92,10 @@ maps! {
     flows4: HashMap<FlowKey<u32>, Flow<u32>>,
     /// IPv6 flows.
     flows6: HashMap<FlowKey<V6>, Flow<V6>>,
+    /// Fragmented datagrams in IPv4.
+    fragments4: HashMap<FragmentKey<u32>, Datagram<u32>>,
+    /// Fragmented datagrams in IPv6.
+    fragments6: HashMap<FragmentKey<V6>, Datagram<V6>>,
     /// Live connections by backend number.
     backend_load: SharedArray<Load>,
     /// Counters by service number.

@@ -457,6 +457,7 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
         "backends" | "backend_load" | "backend_stats" => Some(("backends", 1)),
         "slots" => Some(("slots", 0)),
         "flows4" | "flows6" => Some(("flows", 0)),
+        "fragments4" | "fragments6" => Some(("fragments", 0)),
         _ => None,
     }
 }
@@ -467,6 +468,7 @@ fn limit_value(limits: &Limits, limit: &str) -> u32 {
         "listeners" => limits.listeners,
         "backends" => limits.backends,
         "slots" => limits.slots,
+        "fragments" => limits.fragments,
         _ => limits.flows,
     }
 }

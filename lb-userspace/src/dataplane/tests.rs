@@ -28,6 +28,7 @@ const LIMITS: Limits = Limits {
     listeners: 64,
     backends: 32,
     slots: 4096,
+    fragments: 512,
 };
 
 fn root() -> bool {

@@ -359,6 +359,13 @@ impl Reconciler {
         })
     }
 
+    /// Bytes that the forward mode of a service adds to packets for a backend of `family`.
+    pub fn overhead(&self, service: &ServiceKey, family: u8) -> u32 {
+        self.services
+            .get(service)
+            .map_or(0, |held| forward::overhead(held.record.forward, family))
+    }
+
     /// Backends that wait for their flows to end.
     pub fn retiring(&self) -> impl Iterator<Item = (ServiceKey, SocketAddr, u32)> + '_ {
         self.services.iter().flat_map(|(id, held)| {
@@ -598,7 +605,7 @@ impl Reconciler {
             let alive = configured.get(address);
             backend.retiring = alive.is_none();
             let record = backend_record(
-                held.number,
+                (held.number, wanted.forward),
                 *address,
                 hop(address.ip()),
                 alive.copied().unwrap_or(true),
@@ -751,7 +758,7 @@ fn clear_backend(number: u32, generation: u32) -> Op {
 
 /// The record of a backend; without a way to it the last one known stays in, marked as unusable.
 fn backend_record(
-    service: u32,
+    (service, mode): (u32, u8),
     address: SocketAddr,
     hop: Option<Hop>,
     alive: bool,
@@ -776,7 +783,9 @@ fn backend_record(
         record.l2 = bytemuck::cast(l2);
         record.ifindex = hop.ifindex;
         record.source = from_ip(hop.address);
-        record.mtu = hop.mtu;
+        record.mtu = hop
+            .mtu
+            .saturating_sub(forward::overhead(mode, record.family));
         record.flags |= BACKEND_RESOLVED;
     }
     record

@@ -1,9 +1,11 @@
 //! The real data plane on single packets: a file per behaviour.
 
+mod answers;
 mod checksum;
 mod concurrency;
 mod decap;
 mod decap_mutations;
+mod fragments;
 mod icmp;
 mod listeners;
 mod malformed;

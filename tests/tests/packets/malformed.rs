@@ -236,37 +236,6 @@ fn the_same_damage_in_a_packet_for_somebody_else_passes() {
     }
 }
 
-#[test]
-fn fragments_for_a_vip_are_counted() {
-    let cases = [
-        ("first", V4, segment(V4).fragment(0, true)),
-        ("middle", V4, datagram(V4).fragment(185, true)),
-        ("last", V4, datagram(V4).fragment(370, false)),
-        ("first", V6, segment(V6).fragment(0, true)),
-        ("middle", V6, datagram(V6).fragment(185, true)),
-        ("last", V6, datagram(V6).fragment(370, false)),
-        (
-            "behind an extension header",
-            V6,
-            datagram(V6).extension(HOP_BY_HOP, 8).fragment(0, true),
-        ),
-    ];
-    for (what, family, packet) in cases {
-        balancer(family).check(
-            &format!("{family:?}, {what}"),
-            &packet,
-            &Expected::Dropped,
-            &Counts::default().drop(DropReason::Fragment, 0),
-        );
-        balancer(family).check(
-            &format!("{family:?}, {what}, for somebody else"),
-            &packet.to(STRANGER, 80),
-            &Expected::Passed,
-            &Counts::default(),
-        );
-    }
-}
-
 /// A reserved bit that some senders set makes no fragment, and neither does "don't fragment".
 #[test]
 fn flags_that_make_no_fragment() {

@@ -13,7 +13,8 @@ use sluice_tests::{
     oracle,
     packet::{
         BACKEND_1, BACKEND_2, BALANCER, CLIENT, CLIENT_2, Checksum, DESTINATION_OPTIONS, Family,
-        HOP_BY_HOP, Host, Packet, ROUTING, STRANGER, VIP, VIP_2, reset_for, tcp, transport, udp,
+        HOP_BY_HOP, Host, Packet, ROUTING, STRANGER, VIP, VIP_2, error_for, reset_for, tcp,
+        time_exceeded, too_big, transport, udp,
     },
 };
 use std::{
@@ -538,20 +539,24 @@ fn hops_are_taken_where_the_balancer_routes() {
             }
             continue;
         }
+        let expired =
+            |packet: &Packet| Expected::sent(&error_for(packet, time_exceeded(packet.family)));
+        let sent = request(way.inner, UDP).ttl(1);
         balancer.check(
             "no hop left on a new flow",
-            &request(way.inner, UDP).ttl(1),
-            &Expected::Dropped,
+            &sent,
+            &expired(&sent),
             &Counts::default().drop(DropReason::TtlExceeded, 1),
         );
         assert!(balancer.flows(way.inner).is_empty());
         way.open(&mut balancer, &request(way.inner, UDP).ttl(2));
         for ttl in [0, 1] {
             let counts = Counts::default().drop(DropReason::TtlExceeded, 1);
+            let sent = request(way.inner, UDP).ttl(ttl);
             balancer.check(
                 "no hop left on a known flow",
-                &request(way.inner, UDP).ttl(ttl),
-                &Expected::Dropped,
+                &sent,
+                &expired(&sent),
                 &with_load(counts, UDP),
             );
         }
@@ -578,7 +583,10 @@ fn what_exceeds_the_mtu_once_encapsulated_is_too_big() {
         balancer.check(
             &format!("{way:?}: a byte more"),
             &sent,
-            &Expected::Dropped,
+            &Expected::sent(&error_for(
+                &sent,
+                too_big(way.inner, largest.ip_len() as u16),
+            )),
             &with_load(Counts::default().drop(DropReason::TooBig, 1), UDP),
         );
     }
@@ -753,10 +761,11 @@ fn replies_of_dnat_return_as_the_vips() {
             }
             for ttl in [0, 1] {
                 let counts = Counts::default().drop(DropReason::TtlExceeded, 1);
+                let sent = answer(family, protocol, CLIENT, 40000).ttl(ttl);
                 balancer.check(
                     "an answer without a hop left",
-                    &answer(family, protocol, CLIENT, 40000).ttl(ttl),
-                    &Expected::Dropped,
+                    &sent,
+                    &Expected::sent(&error_for(&sent, time_exceeded(family))),
                     &with_load(counts, protocol),
                 );
             }
@@ -775,7 +784,7 @@ fn a_backends_own_traffic_is_not_ours() {
             ("to another port", own.clone().to(CLIENT, 40001)),
             ("to another host", own.clone().to(STRANGER, 40000)),
             ("from another port", own.clone().from(BACKEND_1, 8081)),
-            ("in pieces", own.clone().fragment(0, true)),
+            ("a later piece", own.clone().fragment(3, true)),
             ("to the balancer itself", own.clone().to(BALANCER, 22)),
             ("with no hop left", own.to(STRANGER, 40000).ttl(1)),
         ] {

@@ -5,7 +5,7 @@ use sluice_tests::{
     harness::{Balancer, Counts, Expected, OTHER_INTERFACE, TCP, UDP, UNKNOWN_INTERFACE, service},
     packet::{
         BACKEND_1, BALANCER, CLIENT, Checksum, DESTINATION_OPTIONS, Family, GATEWAY, HOP_BY_HOP,
-        Packet, ROUTING, VIP, reply, tcp, transport, udp,
+        Packet, ROUTING, VIP, error_for, reply, tcp, time_exceeded, transport, udp,
     },
 };
 
@@ -226,7 +226,7 @@ fn a_hop_is_taken_and_the_last_hop_ends_the_way() {
         balancer.check(
             "no hop left on a new flow",
             &last,
-            &Expected::Dropped,
+            &Expected::sent(&error_for(&last, time_exceeded(family))),
             &Counts::default().drop(DropReason::TtlExceeded, 1),
         );
         assert!(
@@ -244,18 +244,20 @@ fn a_hop_is_taken_and_the_last_hop_ends_the_way() {
                 .load(1, 1, 0),
         );
         for ttl in [0, 1] {
+            let request = request(family, UDP).ttl(ttl);
             balancer.check(
                 "no hop left on a known flow",
-                &request(family, UDP).ttl(ttl),
-                &Expected::Dropped,
+                &request,
+                &Expected::sent(&error_for(&request, time_exceeded(family))),
                 &Counts::default()
                     .drop(DropReason::TtlExceeded, 1)
                     .load(1, 1, 0),
             );
+            let reply = reply(family, UDP, BACKEND_1, 8080, port).ttl(ttl);
             balancer.check(
                 "no hop left on the way back",
-                &reply(family, UDP, BACKEND_1, 8080, port).ttl(ttl),
-                &Expected::Dropped,
+                &reply,
+                &Expected::sent(&error_for(&reply, time_exceeded(family))),
                 &Counts::default()
                     .drop(DropReason::TtlExceeded, 1)
                     .load(1, 1, 0),
