@@ -37,6 +37,14 @@ impl Frame {
         (cursor.0 + len <= self.end).then_some(cursor)
     }
 
+    /// `cursor`, if it lies within `limit` bytes of the start, with nothing said of where: what the
+    /// verifier has learned on several ways to it becomes the same, and it goes on with one of them.
+    #[inline(always)]
+    pub fn anywhere(&self, cursor: Cursor, limit: u32) -> Option<Cursor> {
+        let offset = bounds::within(self.offset(cursor) as u32, 0, limit)?;
+        Some(Cursor(self.data + offset as usize))
+    }
+
     /// Bytes from `cursor` to the end of what direct access reaches.
     #[inline(always)]
     pub fn reach(&self, cursor: Cursor) -> usize {

@@ -23,6 +23,10 @@ const MORE: u16 = 1_u16.to_be();
 /// the transport header.
 const MAX_EXTENSIONS: u32 = 4;
 
+/// Where the transport header lies at the most: behind Ethernet, two tags, and as many extension
+/// headers, each as long as it can be.
+const MAX_OFFSET: u32 = 22 + Ipv6Hdr::LEN as u32 + MAX_EXTENSIONS * 2048;
+
 /// Reads the addresses.
 #[inline(always)]
 pub fn network(frame: &Frame, link: &Link) -> Option<Network<V6>> {
@@ -51,36 +55,62 @@ pub fn locate_first(frame: &Frame, network: &Network<V6>) -> Result<Located, Fau
         transport_len: payload_len,
         first_fragment: false,
     };
+    if !is_extension(located.protocol) {
+        return Ok(located);
+    }
     for _ in 0..MAX_EXTENSIONS {
-        match located.protocol {
-            HOP_BY_HOP | ROUTING | DESTINATION => {}
-            FRAGMENT => {}
-            _ => return Ok(located),
+        if located.protocol == FRAGMENT || !is_extension(located.protocol) {
+            break;
         }
+        // Length in units of 8 bytes, the first not counted (RFC 8200 section 4.3).
         let extension = frame.check(located.header, 8).ok_or(Fault::Malformed)?;
-        let len = if located.protocol == FRAGMENT {
-            let place: u16 = extension.read(2);
-            if place & OFFSET != 0 {
-                return Err(Fault::Fragment);
-            }
-            // One that says it is the only one is none (RFC 6946).
-            located.first_fragment = place & MORE != 0;
-            FRAGMENT_LEN as u32
-        } else {
-            // Length in units of 8 bytes, the first not counted (RFC 8200 section 4.3).
-            (u32::from(extension.read::<u8>(1)) + 1) * 8
-        };
+        let len = (u32::from(extension.read::<u8>(1)) + 1) * 8;
         if len > located.transport_len {
             return Err(Fault::Malformed);
         }
         located.protocol = extension.read(0);
-        located.header = extension.skip(len as usize);
+        // However many there are, what follows is one case to the verifier, not one for each.
+        located.header = frame
+            .anywhere(extension.skip(len as usize), MAX_OFFSET)
+            .ok_or(Fault::Malformed)?;
         located.transport_len -= len;
     }
     match located.protocol {
-        HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => Err(Fault::Malformed),
+        FRAGMENT => locate_behind(frame, located),
+        protocol if is_extension(protocol) => Err(Fault::Malformed),
         _ => Ok(located),
     }
+}
+
+/// Whether something else follows the header of this number.
+#[inline(always)]
+const fn is_extension(protocol: u8) -> bool {
+    matches!(protocol, HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT)
+}
+
+/// Steps over the fragment header that was found. The transport header comes behind it: nobody
+/// sends the destination options that RFC 8200 section 4.1 allows in between.
+#[inline(always)]
+fn locate_behind(frame: &Frame, mut located: Located) -> Result<Located, Fault> {
+    let fragment = frame
+        .check(located.header, FRAGMENT_LEN)
+        .ok_or(Fault::Malformed)?;
+    let place: u16 = fragment.read(2);
+    if place & OFFSET != 0 {
+        return Err(Fault::Fragment);
+    }
+    if located.transport_len < FRAGMENT_LEN as u32 {
+        return Err(Fault::Malformed);
+    }
+    // One that says it is the only one is none (RFC 6946).
+    located.first_fragment = place & MORE != 0;
+    located.protocol = fragment.read(0);
+    located.header = fragment.skip(FRAGMENT_LEN);
+    located.transport_len -= FRAGMENT_LEN as u32;
+    if is_extension(located.protocol) {
+        return Err(Fault::Fragment);
+    }
+    Ok(located)
 }
 
 /// Finds the fragment header of a fragment: its identification.
@@ -96,7 +126,8 @@ pub fn identification(frame: &Frame, network: &Network<V6>) -> Option<u32> {
             _ => return None,
         }
         next = extension.read(0);
-        at = extension.skip((usize::from(extension.read::<u8>(1)) + 1) * 8);
+        let len = (usize::from(extension.read::<u8>(1)) + 1) * 8;
+        at = frame.anywhere(extension.skip(len), MAX_OFFSET)?;
     }
     None
 }
