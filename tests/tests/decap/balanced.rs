@@ -21,9 +21,6 @@ fn services() -> [(IpAddr, bool); 4] {
     ]
 }
 
-/// Of the client; the rest of the network has 1500, and the outer headers take at most 48 bytes.
-const MTU: &str = "1452";
-
 fn config(net: &Topology, forward: &str) -> String {
     let mut text = net.daemon_section();
     for (n, (vip, outer6)) in services().into_iter().enumerate() {
@@ -92,9 +89,6 @@ fn serve(forward: &str, tx_offload: bool, mode: &str) {
     for host in ["b1", "b2"] {
         prepare_backend(&net, host, mode);
     }
-    // The outer headers fit beside the client's packets.
-    net.run("client", "ip", &["link", "set", "eth0", "mtu", MTU])
-        .ok();
     let config = net.config("sluice.toml", &config(&net, forward));
     net.daemon(&config);
     net.wait_backends_up(None, 12);

@@ -1,6 +1,7 @@
 //! Packets for a VIP with random bytes changed: whatever they are, the program ends with a verdict
 //! and accounts for the packet.
 
+use lb_common::service::forward;
 use proptest::prelude::*;
 use sluice_tests::{
     harness::{Balancer, TCP, UDP, Verdict, service},
@@ -10,16 +11,36 @@ use sluice_tests::{
 };
 use std::cell::RefCell;
 
-fn balancer() -> Balancer {
-    Balancer::new(
-        Family::BOTH
-            .into_iter()
-            .flat_map(|family| {
-                [TCP, UDP]
-                    .map(|protocol| service(family, protocol, VIP, 80).backend(BACKEND_1, 8080, 1))
-            })
-            .collect(),
-    )
+/// Every mode, and both families outside where there is an outside.
+const WAYS: [(u8, bool); 7] = [
+    (forward::NAT, false),
+    (forward::DNAT, false),
+    (forward::DSR, false),
+    (forward::IPIP, false),
+    (forward::IPIP, true),
+    (forward::GUE, false),
+    (forward::GUE, true),
+];
+
+fn balancer((mode, across): (u8, bool)) -> Balancer {
+    let services = Family::BOTH.into_iter().flat_map(|family| {
+        [TCP, UDP].map(|protocol| {
+            let outer = if across { family.other() } else { family };
+            service(family, protocol, VIP, 80)
+                .forward(mode)
+                .backend_of(outer, BACKEND_1, 8080, 1)
+        })
+    });
+    Balancer::new(services.collect())
+}
+
+/// How much longer a forwarded packet may be.
+fn growths(mode: u8) -> &'static [usize] {
+    match mode {
+        forward::IPIP => &[20, 40],
+        forward::GUE => &[28, 48],
+        _ => &[0],
+    }
 }
 
 fn originals() -> Vec<Packet> {
@@ -48,18 +69,19 @@ fn originals() -> Vec<Packet> {
 }
 
 thread_local! {
-    static BALANCER: RefCell<Balancer> = RefCell::new(balancer());
+    static BALANCERS: RefCell<Vec<Balancer>> = RefCell::new(WAYS.map(balancer).into());
 }
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 4000,
+        cases: 10_000,
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
 
     #[test]
     fn a_changed_packet_is_accounted_for(
+        way in 0..WAYS.len(),
         which in 0usize..12,
         changes in proptest::collection::vec((12usize..110, any::<u8>()), 1..6),
         cut in prop_oneof![4 => Just(usize::MAX), 1 => 14usize..110],
@@ -70,7 +92,7 @@ proptest! {
             frame[at] = value;
         }
         frame.truncate(cut);
-        let outcome = BALANCER.with_borrow_mut(|b| b.run(&frame));
+        let outcome = BALANCERS.with_borrow_mut(|b| b[way].run(&frame));
         let counts = &outcome.counts;
         let drops: u64 = counts.drops.values().sum();
         let packets_in: u64 = counts.services.values().map(|c| c.packets_in).sum();
@@ -84,7 +106,12 @@ proptest! {
             Verdict::Tx => {
                 prop_assert!(drops + packets_in <= 1, "{:?}", counts);
                 if drops == 0 {
-                    prop_assert_eq!(outcome.frame.len(), frame.len());
+                    let growths = if packets_in == 0 { &[0] } else { growths(WAYS[way].0) };
+                    let growth = outcome.frame.len().checked_sub(frame.len());
+                    prop_assert!(
+                        growth.is_some_and(|g| growths.contains(&g)),
+                        "{:?} bytes more", growth
+                    );
                 }
             }
             other => prop_assert!(false, "{:?}", other),
