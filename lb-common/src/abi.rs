@@ -18,6 +18,10 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"SLUICE\0\0");
 /// days; compare ticks with [`ticks_since`].
 pub const TICKS_PER_SECOND: u32 = 953;
 
+/// Most addresses of one family that `nat` may send from: elements of maps `nat_sources4` and
+/// `nat_sources6`. Each has a source port range of its own towards every backend.
+pub const NAT_SOURCES: u32 = 255;
+
 /// Converts nanoseconds of `CLOCK_MONOTONIC` to ticks.
 #[inline(always)]
 #[must_use]
@@ -60,8 +64,10 @@ pub struct Settings {
     pub encap_mask6: u32,
     /// UDP destination port of `gue`, network order.
     pub gue_port: u16,
-    /// Zero.
-    pub reserved0: u16,
+    /// Elements of map `nat_sources4` in use; 0: each backend's own [`crate::backend::Backend::source`].
+    pub nat_sources4: u8,
+    /// Elements of map `nat_sources6` in use; 0: as for IPv4.
+    pub nat_sources6: u8,
     /// Zero; room for what comes next without moving what is here.
     pub reserved: [u32; 3],
 }

@@ -6,7 +6,7 @@ use crate::{
     fragment,
     frame::{Cursor, Frame},
     icmp::{self, error::Quoted},
-    maps, neighbour,
+    lookup, maps, neighbour,
     parse::{self, Link, Network, protocol},
     verdict::Verdict,
 };
@@ -22,6 +22,7 @@ use lb_common::{
     csum,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
+    hash,
     service::{ServiceKey, Vip},
 };
 use network_types::{
@@ -85,6 +86,10 @@ pub trait Family: Sized {
     fn revise() -> u64;
     /// [`crate::flow`]'s subprogram for a backend's packet that changes something.
     fn note_reply() -> u64;
+
+    /// One of the addresses that `nat` sends from, for a flow with this hash; `None` if each
+    /// backend has its own.
+    fn nat_source(settings: &Settings, hash: u32) -> Option<Self::Addr>;
 
     /// Reads the addresses; nothing is judged yet.
     fn network(frame: &Frame, link: &Link) -> Option<Network<Self>>;
@@ -231,6 +236,15 @@ impl Family for V4 {
     #[inline(always)]
     fn note_reply() -> u64 {
         flow::note_reply4()
+    }
+
+    #[inline(always)]
+    fn nat_source(settings: &Settings, hash: u32) -> Option<u32> {
+        let place = hash::slot_of(hash, u32::from(settings.nat_sources4));
+        if settings.nat_sources4 == 0 {
+            return None;
+        }
+        maps::NAT_SOURCES4.get(place).map(lookup::load)
     }
 
     #[inline(always)]
@@ -475,6 +489,15 @@ impl Family for V6 {
     #[inline(always)]
     fn note_reply() -> u64 {
         flow::note_reply6()
+    }
+
+    #[inline(always)]
+    fn nat_source(settings: &Settings, hash: u32) -> Option<[u32; 4]> {
+        let place = hash::slot_of(hash, u32::from(settings.nat_sources6));
+        if settings.nat_sources6 == 0 {
+            return None;
+        }
+        maps::NAT_SOURCES6.get(place).map(lookup::load)
     }
 
     #[inline(always)]

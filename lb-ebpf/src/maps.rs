@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    abi::Settings,
+    abi::{NAT_SOURCES, Settings},
     backend::{Backend, Load, Slot},
     filter,
     flow::{Flow, FlowKey},
@@ -24,6 +24,10 @@ type Addr6 = [u32; 4];
 
 #[btf_map(name = "settings")]
 pub static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
+#[btf_map(name = "nat_sources4")]
+pub static NAT_SOURCES4: Array<u32, { NAT_SOURCES as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "nat_sources6")]
+pub static NAT_SOURCES6: Array<Addr6, { NAT_SOURCES as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "address_filter")]
 pub static ADDRESS_FILTER: Array<u64, { filter::ELEMENTS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "vips4")]

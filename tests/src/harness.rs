@@ -523,6 +523,25 @@ impl Balancer {
         self.set("settings", 0, settings);
     }
 
+    /// Lets `nat` send from `sources`, all of one family, instead of each backend's own address.
+    pub fn nat_sources(&mut self, sources: &[IpAddr]) {
+        for (element, source) in (0_u32..).zip(sources) {
+            match source {
+                IpAddr::V4(a) => self.set("nat_sources4", element, addr::from_ipv4(*a)),
+                IpAddr::V6(a) => self.set("nat_sources6", element, addr::from_ipv6(*a)),
+            }
+            self.mark(*source, LANE_NAT_SOURCE);
+        }
+        let count = sources.len() as u8;
+        match sources.first() {
+            Some(IpAddr::V4(_)) => self.settings.nat_sources4 = count,
+            Some(IpAddr::V6(_)) => self.settings.nat_sources6 = count,
+            None => {}
+        }
+        let settings = self.settings;
+        self.set("settings", 0, settings);
+    }
+
     /// The settings in force.
     #[must_use]
     pub fn settings(&self) -> &abi::Settings {

@@ -56,7 +56,8 @@ fn layouts() -> Vec<Layout> {
                 encap_source6: [u32; 4],
                 encap_mask6: u32,
                 gue_port: u16,
-                reserved0: u16,
+                nat_sources4: u8,
+                nat_sources6: u8,
                 reserved: [u32; 3],
             }
         ),

@@ -109,7 +109,22 @@ pub fn record_reply<F: Family>() -> Decision {
     if !forward::translates(work.reply.forward) {
         return FOLLOW;
     }
-    let (client, key) = (&work.arrival.key, &work.reply_key);
+    let client = &work.arrival.key;
+    // A search that begins at a hash of the client finds a free port at the first try for as long
+    // as few are taken; the seed differs on every balancer, so nobody outside can guess it.
+    let start = hash::jhash_3words(
+        hash::address_word(client.src),
+        u32::from(client.sport) << 16 | u32::from(client.dport),
+        work.reply.backend,
+        settings.nat_port_seed,
+    );
+    // Other bits of it than those that the search begins with.
+    if work.reply.forward == forward::NAT
+        && let Some(source) = F::nat_source(settings, start.rotate_left(16))
+    {
+        work.reply_key.dst = source;
+    }
+    let key = &work.reply_key;
     let addresses = address_delta(key.dst, client.src) + address_delta(key.src, client.dst);
     // All but the port that is yet to be found.
     let sum =
@@ -120,14 +135,6 @@ pub fn record_reply<F: Family>() -> Decision {
     let span = u32::from(settings.nat_port_last)
         .wrapping_sub(first)
         .wrapping_add(1);
-    // A search that begins at a hash of the client finds a free port at the first try for as long
-    // as few are taken; the seed differs on every balancer, so nobody outside can guess it.
-    let start = hash::jhash_3words(
-        hash::address_word(client.src),
-        u32::from(client.sport) << 16 | u32::from(client.dport),
-        work.reply.backend,
-        settings.nat_port_seed,
-    );
     let mut offset = hash::slot_of(start, span);
     // A stride of its own for each client leaves the clusters that linear probing would build; a
     // small range is walked port by port.

@@ -5,6 +5,7 @@ use super::{
     read::{Entry, Section, quote},
     value,
 };
+use lb_common::abi::NAT_SOURCES;
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -37,6 +38,7 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         "http",
         "answer_arp",
         "nat_ports",
+        "nat_sources",
         "encap_source",
         "gue_port",
     ])?;
@@ -65,6 +67,10 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
             value::range(text, 1, u16::MAX).map_err(|message| entry.bad(text, message))
         })
         .transpose()?;
+    let nat_sources = match section.get("nat_sources") {
+        None => Vec::new(),
+        Some(entry) => nat_sources(&section, &entry)?,
+    };
     let encap_source = match section.get("encap_source") {
         None => EncapSource::default(),
         Some(entry) => encap_source(&section, &entry)?,
@@ -81,9 +87,44 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         http,
         answer_arp,
         nat_ports,
+        nat_sources,
         encap_source,
         gue_port,
     })
+}
+
+/// Addresses of [`Daemon::nat_sources`].
+fn nat_sources(section: &Section<'_>, entry: &Entry<'_, '_>) -> Result<Vec<IpAddr>, Error> {
+    let mut found: Vec<IpAddr> = Vec::new();
+    for text in entry.texts("10.0.0.2")? {
+        let quoted = quote(text.value);
+        let refuse = |why: &str| {
+            let message = format!(
+                "nat_sources {quoted} {why}; name addresses that the balancer holds, see \"ip address\""
+            );
+            section.error(text.offset, message)
+        };
+        let address: IpAddr = text
+            .value
+            .parse()
+            .map_err(|_| refuse("is not an IP address"))?;
+        let broadcast = address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
+        if address.is_unspecified() || address.is_multicast() || address.is_loopback() || broadcast
+        {
+            return Err(refuse("is not the address of one host"));
+        }
+        if found.contains(&address) {
+            return Err(refuse("is named twice"));
+        }
+        found.push(address);
+        let family = found.iter().filter(|a| a.is_ipv4() == address.is_ipv4());
+        if family.count() > NAT_SOURCES as usize {
+            return Err(refuse(&format!(
+                "is one more than the {NAT_SOURCES} there is room for in its family"
+            )));
+        }
+    }
+    Ok(found)
 }
 
 /// Networks of [`Daemon::encap_source`], at most one of each family.

@@ -61,6 +61,9 @@ pub struct Daemon {
     /// First and last source port of `nat`, inclusive; `None`: the larger range outside the host's
     /// ephemeral ports.
     pub nat_ports: Option<(u16, u16)>,
+    /// Addresses that `nat` sends from, in turn by a hash of the flow; empty: the host's own address
+    /// towards each backend.
+    pub nat_sources: Vec<IpAddr>,
     /// Where the outer packets of `ipip` and `gue` come from.
     pub encap_source: EncapSource,
     /// UDP port that `gue` sends to.

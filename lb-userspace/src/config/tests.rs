@@ -39,6 +39,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             http: None,
             answer_arp: true,
             nat_ports: None,
+            nat_sources: Vec::new(),
             encap_source: EncapSource::default(),
             gue_port: 6080,
         },
@@ -539,6 +540,18 @@ fn mistakes_outside_services_name_line_object_and_remedy() {
         (
             daemon("nat_ports = \"0-70000\""),
             "3: daemon: nat_ports \"0-70000\" is not a range of numbers from 1 to 65535",
+        ),
+        (
+            daemon("nat_sources = [\"10.0.0.2\", \"10.0.0.2\"]"),
+            "3: daemon: nat_sources \"10.0.0.2\" is named twice; name addresses that the balancer holds, see \"ip address\"",
+        ),
+        (
+            daemon("nat_sources = [\"10.0.0.2/24\"]"),
+            "3: daemon: nat_sources \"10.0.0.2/24\" is not an IP address; name addresses that the balancer holds, see \"ip address\"",
+        ),
+        (
+            daemon("nat_sources = [\"224.0.0.1\"]"),
+            "3: daemon: nat_sources \"224.0.0.1\" is not the address of one host; name addresses that the balancer holds, see \"ip address\"",
         ),
         (
             daemon("[limits]\nflows = 0"),

@@ -20,7 +20,12 @@ use crate::{
     reconcile::{self, Hop, Reconciler, apply},
 };
 use anyhow::{Context as _, Result};
-use lb_common::{service::forward, stats::DropReason};
+use lb_common::{
+    abi::Settings,
+    addr::{from_ipv4, from_ipv6},
+    service::forward,
+    stats::DropReason,
+};
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
@@ -367,17 +372,7 @@ impl Daemon {
         self.judge_all();
         self.reconcile_services(|_| true, &removed)?;
         self.dirty.clear();
-        let maps = &self.dataplane.maps;
-        let seed = maps.settings.read(0);
-        maps.settings.store(
-            0,
-            lb_common::abi::Settings {
-                magic: seed.magic,
-                abi_version: seed.abi_version,
-                nat_port_seed: seed.nat_port_seed,
-                ..settings
-            },
-        );
+        self.announce_settings(settings)?;
         for name in &before.daemon.interfaces {
             if !self.config.daemon.interfaces.contains(name) {
                 self.detach(name)?;
@@ -405,6 +400,50 @@ impl Daemon {
                 );
             }
         }
+    }
+
+    /// Puts what is common to all packets into force, with the addresses that `nat` sends from.
+    fn announce_settings(&mut self, settings: Settings) -> Result<()> {
+        let sources = self.config.daemon.nat_sources.clone();
+        let local = Arc::clone(&self.local.borrow());
+        for source in sources.iter().filter(|source| !local.contains(source)) {
+            warn!(
+                "daemon.nat_sources {source} is not an address of this host: answers to it get \
+                 lost unless they are routed here; see \"ip address\""
+            );
+        }
+        let ops = self.reconciler.add_nat_sources(&sources);
+        self.carry_out(&ops)?;
+        let maps = &self.dataplane.maps;
+        let before = maps.settings.read(0);
+        let settings = Settings {
+            magic: before.magic,
+            abi_version: before.abi_version,
+            nat_port_seed: before.nat_port_seed,
+            ..settings
+        };
+        // None in use while they are written.
+        maps.settings.store(0, settings);
+        let (mut v4, mut v6) = (0_u8, 0_u8);
+        for source in sources {
+            match source {
+                IpAddr::V4(source) => {
+                    maps.nat_sources4.store(v4.into(), from_ipv4(source));
+                    v4 += 1;
+                }
+                IpAddr::V6(source) => {
+                    maps.nat_sources6.store(v6.into(), from_ipv6(source));
+                    v6 += 1;
+                }
+            }
+        }
+        let settings = Settings {
+            nat_sources4: v4,
+            nat_sources6: v6,
+            ..settings
+        };
+        maps.settings.store(0, settings);
+        Ok(())
     }
 
     /// Judges every known way anew, as after a change of interfaces.

@@ -176,6 +176,7 @@ async fn prepare(
     daemon.reconcile_services(|_| true, &removed)?;
     daemon.dirty.clear();
     daemon.warn_of_taken_ports();
+    daemon.announce_settings(settings(&daemon.config.daemon)?)?;
     // Last: the first packet finds everything in place.
     for name in daemon.config.daemon.interfaces.clone() {
         daemon.attach(&name)?;

@@ -70,6 +70,10 @@ macro_rules! maps {
 maps! {
     /// What is common to all packets, and the ABI version.
     settings: SharedArray<Settings>,
+    /// IPv4 addresses that `nat` sends from.
+    nat_sources4: SharedArray<u32>,
+    /// IPv6 addresses that `nat` sends from.
+    nat_sources6: SharedArray<V6>,
     /// Lanes by a hash of the destination address: see [`lb_common::filter`].
     address_filter: SharedArray<u64>,
     /// IPv4 VIPs.

@@ -60,6 +60,7 @@ impl Pins {
             http: None::<SocketAddr>,
             answer_arp: true,
             nat_ports: None,
+            nat_sources: Vec::new(),
             encap_source: crate::config::EncapSource::default(),
             gue_port: 6080,
         }

@@ -153,6 +153,8 @@ pub struct Reconciler {
     generations: HashMap<u32, u32>,
     space: SlotSpace,
     filter: Filter,
+    /// Addresses that `nat` sends from whatever the backend.
+    nat_sources: HashSet<IpAddr>,
     /// Services on each VIP, and its flags.
     vips: HashMap<IpAddr, (u32, u32)>,
 }
@@ -223,6 +225,7 @@ impl Reconciler {
             generations: HashMap::new(),
             space: SlotSpace::new(slots),
             filter: Filter::default(),
+            nat_sources: HashSet::new(),
             vips: HashMap::new(),
         }
     }
@@ -329,6 +332,18 @@ impl Reconciler {
         // backend has left.
         for (element, value) in self.filter.elements() {
             ops.push(Op::Lanes { element, value });
+        }
+        ops
+    }
+
+    /// `nat` is going to send from these addresses too: what the filter must know first. It never
+    /// forgets one, because flows that were sent from it may go on.
+    pub fn add_nat_sources(&mut self, addresses: &[IpAddr]) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for address in addresses {
+            if self.nat_sources.insert(*address) {
+                ops.extend(lanes(self.filter.add(*address, LANE_NAT_SOURCE)));
+            }
         }
         ops
     }

@@ -1,8 +1,14 @@
 //! Full NAT: packets to the backend and back, whole and counted.
 
 use lb_common::stats::DropReason;
+use std::collections::BTreeSet;
+
 use sluice_tests::{
-    harness::{Balancer, Counts, Expected, OTHER_INTERFACE, TCP, UDP, UNKNOWN_INTERFACE, service},
+    harness::{
+        Balancer, Counts, Expected, OTHER_INTERFACE, TCP, UDP, UNKNOWN_INTERFACE, Verdict, service,
+        v4, v6,
+    },
+    oracle::assert_frame,
     packet::{
         BACKEND_1, BALANCER, CLIENT, Checksum, DESTINATION_OPTIONS, Family, GATEWAY, HOP_BY_HOP,
         Packet, ROUTING, VIP, error_for, reply, tcp, time_exceeded, transport, udp,
@@ -418,5 +424,42 @@ fn a_packet_of_several_pages_is_rewritten_whole() {
                 ),
             );
         }
+    }
+}
+
+/// Each source address has the whole range of ports towards a backend, and its replies come back.
+#[test]
+fn several_source_addresses_have_a_port_range_each() {
+    for family in Family::BOTH {
+        let mut balancer = Balancer::with_ports(
+            vec![service(family, UDP, VIP, 80).backend(BACKEND_1, 8080, 1)],
+            (30000, 30003),
+        );
+        let sources = match family {
+            Family::V4 => [v4(77, 1), v4(77, 2)],
+            Family::V6 => [v6(77, 1), v6(77, 2)],
+        };
+        balancer.nat_sources(&sources);
+        let mut used = BTreeSet::new();
+        for client_port in 40000..40064 {
+            let sent = udp(family).from(CLIENT, client_port).to(VIP, 80);
+            balancer.send(&sent);
+        }
+        for flow in balancer.flows(family).iter().filter(|f| !f.from_backend) {
+            assert!(sources.contains(&flow.out_src.0), "{flow:?}");
+            assert!((30000..=30003).contains(&flow.out_src.1), "{flow:?}");
+            assert!(used.insert(flow.out_src), "{flow:?} shares its source");
+        }
+        assert_eq!(used.len(), 8, "four ports of two addresses: {used:?}");
+        let flows = balancer.flows(family);
+        let flow = flows.iter().find(|f| f.from_backend).expect("a reply's");
+        let answer = udp(family)
+            .macs(BACKEND_1.mac, BALANCER.mac)
+            .from(flow.src.0, flow.src.1)
+            .to(flow.dst.0, flow.dst.1);
+        let outcome = balancer.send(&answer);
+        assert_eq!(outcome.verdict, Verdict::Tx);
+        let back = answer.nat_back(VIP, 80, CLIENT, flow.out_dst.1);
+        assert_frame("the reply", &back.build(), &outcome.frame);
     }
 }
