@@ -184,8 +184,10 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 23] = [
+const MAPS: [(&str, &str, &str); 25] = [
     ("settings", "4", "Settings"),
+    ("nat_sources4", "4", "4"),
+    ("nat_sources6", "4", "16"),
     ("address_filter", "4", "8"),
     ("vips4", "4", "Vip"),
     ("vips6", "16", "Vip"),
