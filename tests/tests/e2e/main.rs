@@ -8,6 +8,7 @@ mod flows;
 mod listeners;
 mod modes;
 mod nexthops;
+mod path_mtu;
 mod support;
 mod timeouts;
 mod traffic;

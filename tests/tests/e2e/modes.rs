@@ -135,7 +135,7 @@ fn serve(mode: &str, options: Options) -> (Topology, [IpAddr; 2]) {
 }
 
 /// Bytes that no protocol layer repeats.
-fn noise(len: usize) -> Vec<u8> {
+pub fn noise(len: usize) -> Vec<u8> {
     let mut x = 0x1234_5678_9abc_def0_u64;
     (0..len)
         .map(|_| {

@@ -156,7 +156,7 @@ impl UdpEcho {
             socket
                 .set_read_timeout(Some(Duration::from_millis(50)))
                 .expect("a timeout on a socket");
-            let mut buffer = [0; 2048];
+            let mut buffer = vec![0; 65536];
             while !stopped.load(Ordering::Relaxed) {
                 if let Ok((n, from)) = socket.recv_from(&mut buffer) {
                     let answer = [name.as_bytes(), b" ", &buffer[..n]].concat();
