@@ -13,8 +13,8 @@ use sluice_tests::{
     oracle,
     packet::{
         BACKEND_1, BACKEND_2, BALANCER, CLIENT, CLIENT_2, Checksum, DESTINATION_OPTIONS, Family,
-        HOP_BY_HOP, Host, Packet, ROUTING, STRANGER, VIP, VIP_2, error_for, reset_for, tcp,
-        time_exceeded, too_big, transport, udp,
+        GATEWAY, HOP_BY_HOP, Host, Packet, ROUTING, STRANGER, VIP, VIP_2, error_for, icmp_error,
+        reset_for, tcp, time_exceeded, too_big, transport, udp,
     },
 };
 use std::{
@@ -1113,5 +1113,125 @@ fn direct_answers_pass_if_they_come_by() {
         let counts = with_load(Counts::default(), UDP);
         balancer.check("a direct answer", &direct, &Expected::Passed, &counts);
         assert_eq!(balancer.flows(way.inner)[0].state, state::UDP);
+    }
+}
+
+/// A router on the client's side, about an answer of the VIP: it goes to the backend, which sent
+/// the answer itself in all modes but `dnat`.
+#[test]
+fn errors_reach_the_backend_as_the_mode_needs() {
+    for way in ways() {
+        for protocol in [TCP, UDP] {
+            let mut balancer = way.balancer(protocol);
+            way.open(&mut balancer, &request(way.inner, protocol));
+            let error = too_big(way.inner, 1400);
+            let quoting = |from: Host, port: u16| {
+                let quoted = transport(way.inner, protocol)
+                    .from(from, port)
+                    .to(CLIENT, 40000)
+                    .payload(payload(300));
+                icmp_error(way.inner, error, &quoted, 500).from(STRANGER, 0)
+            };
+            let sent = quoting(VIP, 80).to(VIP, 0);
+            let counts = Counts::default().packet_in(1, 1, sent.ip_len());
+            let counts = with_load(counts, protocol);
+            if way.one_sided() {
+                way.check(&mut balancer, "an error", &sent, BACKEND_1, &counts);
+                continue;
+            }
+            let expected = quoting(BACKEND_1, 8080)
+                .macs(BALANCER.mac, BACKEND_1.mac)
+                .to(BACKEND_1, 0)
+                .ttl(63);
+            let what = format!("{way:?}: an error");
+            balancer.check(&what, &sent, &Expected::sent(&expected), &counts);
+        }
+    }
+}
+
+/// The backend itself or a router before it, about a question: it is for the client's address.
+#[test]
+fn errors_of_dnat_return_as_the_vips() {
+    for family in Family::BOTH {
+        for protocol in [TCP, UDP] {
+            let way = dnat(family);
+            let mut balancer = way.balancer(protocol);
+            way.open(&mut balancer, &request(family, protocol));
+            let asked = request(family, protocol).payload(payload(300)).ttl(50);
+            let at_backend = asked.dnat_to(BACKEND_1, 8080).ttl(50);
+            let error = too_big(family, 1300);
+            let expected = icmp_error(family, error, &asked, 200)
+                .macs(BALANCER.mac, GATEWAY.mac)
+                .from(VIP, 0)
+                .to(CLIENT, 0)
+                .ttl(63);
+            for (what, host) in [("the backend", BACKEND_1), ("a router", STRANGER)] {
+                let sent = icmp_error(family, error, &at_backend, 200)
+                    .macs(host.mac, BALANCER.mac)
+                    .from(host, 0)
+                    .to(CLIENT, 0);
+                let counts = Counts::default().packet_out(1, 1, sent.ip_len());
+                balancer.check(
+                    &format!("{family:?} protocol {protocol}, from {what}"),
+                    &sent,
+                    &Expected::sent(&expected),
+                    &with_load(counts, protocol),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn fragments_follow_the_first_in_every_mode() {
+    for way in ways() {
+        let mut balancer = way.balancer(UDP);
+        let mut whole = request(way.inner, UDP).payload(payload(3000));
+        whole.dont_fragment = false;
+        let translated = whole.dnat_to(BACKEND_1, 8080).fragments(1000);
+        let mut sports = BTreeSet::new();
+        for (n, fragment) in whole.fragments(1000).iter().enumerate() {
+            let counts = Counts::default().packet_in(1, 1, fragment.ip_len());
+            let counts = match n {
+                0 => counts.connection(1, 1).load(1, 1, 0),
+                _ => counts.load(1, 1, 0),
+            };
+            let outcome = balancer.send(fragment);
+            let what = format!("{way:?}, fragment {n}");
+            assert_eq!(outcome.verdict, Verdict::Tx, "{what}: {:?}", outcome.counts);
+            assert_eq!(outcome.counts, counts, "{what}: the counters");
+            let mut sport = 0;
+            if way.mode == forward::GUE {
+                (sport, _) = oracle::ports(&outcome.frame).expect("UDP around the packet");
+                sports.insert(sport);
+            }
+            let expected = match way.mode {
+                forward::DNAT => translated[n].clone(),
+                _ => way.expected(fragment, BACKEND_1, sport),
+            };
+            oracle::assert_frame(&what, &expected.build(), &outcome.frame);
+        }
+        assert!(sports.len() <= 1, "{way:?}: one flow, one way: {sports:?}");
+    }
+}
+
+#[test]
+fn fragments_of_dnat_return_as_the_vips() {
+    for family in Family::BOTH {
+        let way = dnat(family);
+        let mut balancer = way.balancer(UDP);
+        way.open(&mut balancer, &request(family, UDP));
+        let mut whole = answer(family, UDP, CLIENT, 40000).payload(payload(3000));
+        whole.dont_fragment = false;
+        let expected = whole.nat_back(VIP, 80, CLIENT, 40000).fragments(1000);
+        for (n, fragment) in whole.fragments(1000).iter().enumerate() {
+            let counts = Counts::default().packet_out(1, 1, fragment.ip_len());
+            balancer.check(
+                &format!("{family:?}, fragment {n}"),
+                fragment,
+                &Expected::sent(&expected[n]),
+                &with_load(counts, UDP),
+            );
+        }
     }
 }
