@@ -1,7 +1,7 @@
 //! The forward modes that keep the client's address, with real servers set up as
 //! `docs/forward-modes.md` says.
 
-use crate::support::{QUICK_HEALTH, UdpEcho, get, vips};
+use crate::support::{KeptConnection, QUICK_HEALTH, UdpEcho, get, vips};
 use sluice_tests::topology::{Options, Topology, VIP4, VIP6, sluice_bin, url, wait_until};
 use std::{
     collections::BTreeMap,
@@ -293,6 +293,74 @@ fn ipip_with_sluice_decap() {
 #[test]
 fn gue_with_sluice_decap() {
     serves("gue", false);
+}
+
+/// Connections keep the mode they began in, whatever a reload says.
+#[test]
+fn open_connections_survive_a_change_of_the_mode() {
+    let net = Topology::new(Options {
+        backends: 2,
+        ..Options::default()
+    });
+    move_the_client_away(&net);
+    for host in BACKENDS {
+        net.nginx(host);
+        hold_the_vips(&net, host);
+        decapsulate(&net, host);
+        route_through_the_balancer(&net, host, (net.v4("lb"), net.v6("lb")));
+    }
+    // Answers that do not belong to the balancer take the same way, and its kernel sends them on.
+    for setting in [
+        "net.ipv4.conf.all.send_redirects=0",
+        "net.ipv4.conf.eth0.send_redirects=0",
+        "net.ipv4.ip_forward=1",
+        "net.ipv6.conf.all.forwarding=1",
+    ] {
+        net.run("lb", "sysctl", &["-w", setting]).ok();
+    }
+    for network in ["198.19.5.0/24", "2001:db8:195::/64"] {
+        ip(&net, "lb", &["route", "add", network, "dev", "eth0"]);
+    }
+    // The port that all modes can do.
+    let text = |mode: &str| config(&net, "dsr").replace("\"dsr\"", &format!("\"{mode}\""));
+    let file = net.config("sluice.toml", &text("nat"));
+    let daemon = net.daemon(&file);
+    net.wait_backends_up(None, 2 * BACKENDS.len());
+    let mut kept = Vec::new();
+    for mode in ["nat", "dnat", "dsr", "ipip", "gue", "nat"] {
+        fs::write(&file, text(mode)).expect("our own file");
+        net.signal(daemon, libc::SIGHUP);
+        wait_until(&format!("services in {mode}"), || {
+            let list = net.json(&["service", "list"]);
+            let list = list.as_array().expect("a listing");
+            list.iter().all(|s| s["forward"] == mode)
+        });
+        for vip in vips(SERVER_PORT) {
+            let mut connection = net.on("client", move || {
+                KeptConnection::open(vip).unwrap_or_else(|e| panic!("{vip}: {e}"))
+            });
+            let host = connection
+                .get()
+                .unwrap_or_else(|e| panic!("{mode}, {vip}: {e}"));
+            kept.push((mode, vip, connection, host));
+        }
+        for (began, vip, connection, host) in &mut kept {
+            let again = connection
+                .get()
+                .unwrap_or_else(|e| panic!("{vip}, begun in {began}, now {mode}: {e}"));
+            assert_eq!(again, *host, "{vip}, begun in {began}, now {mode}");
+        }
+    }
+    // Nor does it matter that the daemon is another.
+    net.kill(daemon);
+    net.daemon(&file);
+    net.wait_backends_up(None, 2 * BACKENDS.len());
+    for (began, vip, connection, host) in &mut kept {
+        let again = connection
+            .get()
+            .unwrap_or_else(|e| panic!("{vip}, begun in {began}, after a restart: {e}"));
+        assert_eq!(again, *host, "{vip}, begun in {began}, after a restart");
+    }
 }
 
 /// A backend that is a client of its own service: in `nat` it is balanced like any other, in `dsr`
