@@ -29,18 +29,20 @@ pub struct Backend {
     pub ifindex: u32,
     /// Number of the service it belongs to.
     pub service: u32,
+    /// VLAN tags towards the next hop, packed as in [`crate::vlan`].
+    pub tags: u32,
     /// Raised each time the element is given to another backend, so that a flow of the former one
     /// is told apart. A flow belongs here only if its generation is the same.
-    pub generation: u32,
+    pub generation: u16,
+    /// Bytes of the largest packet of a client that can be sent towards it, which leaves room for
+    /// what the forward mode adds; 0 if that is not known.
+    pub mtu: u16,
     /// Port, network order; 0: packets keep the port they were sent to.
     pub port: u16,
     /// [`crate::addr::FAMILY_V4`] or [`crate::addr::FAMILY_V6`].
     pub family: u8,
     /// `BACKEND_*`.
     pub flags: u8,
-    /// Bytes of the largest packet of a client that can be sent towards it, which leaves room for
-    /// what the forward mode adds; 0 if that is not known.
-    pub mtu: u32,
 }
 
 const _: () = assert!(size_of::<Backend>() == 64 && align_of::<Backend>() == 4);

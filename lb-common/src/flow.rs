@@ -89,6 +89,9 @@ pub struct Flow<A> {
     pub l2: [u32; 3],
     /// The interface the client's packet came from. Used in the backend's entry.
     pub ifindex: u32,
+    /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]. Used in the
+    /// backend's entry.
+    pub tags: u32,
     /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
     pub last_seen: u32,
     /// Tick of the first packet.
@@ -105,6 +108,8 @@ pub struct Flow<A> {
     pub forward: u8,
     /// Zero.
     pub reserved: u8,
+    /// Zero.
+    pub reserved1: u32,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.
@@ -117,8 +122,8 @@ unsafe impl Pod for Flow<u32> {}
 unsafe impl Pod for Flow<[u32; 4]> {}
 const _: () = assert!(size_of::<FlowKey<u32>>() == 16);
 const _: () = assert!(size_of::<FlowKey<[u32; 4]>>() == 40);
-const _: () = assert!(size_of::<Flow<u32>>() == 56);
-const _: () = assert!(size_of::<Flow<[u32; 4]>>() == 80);
+const _: () = assert!(size_of::<Flow<u32>>() == 64);
+const _: () = assert!(size_of::<Flow<[u32; 4]>>() == 88);
 
 impl<A: Address> Flow<A> {
     /// The key of the other direction's entry.

@@ -38,6 +38,8 @@ pub struct Datagram<A> {
     pub l2: [u32; 3],
     /// Interface towards the client. Used from the backend.
     pub ifindex: u32,
+    /// VLAN tags towards the client, packed as in [`crate::vlan`]. Used from the backend.
+    pub tags: u32,
     /// Tick of the first fragment.
     pub created: u32,
     /// What to add (ones' complement) to the sum of the IPv4 header when the addresses change.
@@ -48,6 +50,8 @@ pub struct Datagram<A> {
     pub forward: u8,
     /// The first fragment's hash of the flow, for the encapsulation of the others.
     pub hash: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.
@@ -60,8 +64,8 @@ unsafe impl Pod for Datagram<u32> {}
 unsafe impl Pod for Datagram<[u32; 4]> {}
 const _: () = assert!(size_of::<FragmentKey<u32>>() == 16);
 const _: () = assert!(size_of::<FragmentKey<[u32; 4]>>() == 40);
-const _: () = assert!(size_of::<Datagram<u32>>() == 48);
-const _: () = assert!(size_of::<Datagram<[u32; 4]>>() == 72);
+const _: () = assert!(size_of::<Datagram<u32>>() == 56);
+const _: () = assert!(size_of::<Datagram<[u32; 4]>>() == 80);
 
 /// Ticks after which a datagram is forgotten: Linux waits as long for the rest of one
 /// (`net.ipv4.ipfrag_time`), so a later fragment could complete nothing.

@@ -21,3 +21,4 @@ pub mod hash;
 pub mod names;
 pub mod service;
 pub mod stats;
+pub mod vlan;

@@ -365,10 +365,10 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn not_for_us(frame: &Frame, _: &Link, network: &Network<Self>) -> Result<Verdict, Verdict> {
+    fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict> {
         if network.header.read::<u8>(offset_of!(Ipv4Hdr, proto)) == protocol::ICMP {
             // In `dnat`, routers tell the client of packets that went to the backend.
-            return Ok(icmp::error::carry_on::<Self>(frame));
+            return Ok(icmp::error::carry_on::<Self>(frame, link));
         }
         Ok(Verdict::PASS)
     }
@@ -613,7 +613,7 @@ impl Family for V6 {
         }
         if network.header.read::<u8>(offset_of!(Ipv6Hdr, next_hdr)) == protocol::ICMPV6 {
             // As in IPv4.
-            return Ok(icmp::error::carry_on::<Self>(frame));
+            return Ok(icmp::error::carry_on::<Self>(frame, link));
         }
         Ok(Verdict::PASS)
     }

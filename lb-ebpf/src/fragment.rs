@@ -11,7 +11,7 @@ use crate::{
     flow::{self, Outgoing},
     frame::Frame,
     lookup, maps,
-    parse::{self, Fault, Packet},
+    parse::{self, Fault, Link, Packet},
     rewrite, stats,
     verdict::Verdict,
 };
@@ -36,6 +36,7 @@ pub fn open<F: Family>(frame: &Frame, packet: &Packet<F>, outgoing: &Outgoing<F:
     datagram.service = flow.service;
     rewrite::copy_link(&mut datagram.l2, outgoing.l2);
     datagram.ifindex = outgoing.ifindex;
+    datagram.tags = outgoing.tags;
     datagram.l3_delta = flow.l3_delta;
     datagram.direction = flow.direction;
     datagram.forward = flow.forward;
@@ -45,8 +46,8 @@ pub fn open<F: Family>(frame: &Frame, packet: &Packet<F>, outgoing: &Outgoing<F:
 
 /// Sends a later fragment after the first.
 #[inline(always)]
-pub fn follow<F: Family>(frame: &Frame) -> Verdict {
-    rewrite::finish::<F>(frame, F::follow_fragment(frame.ctx))
+pub fn follow<F: Family>(frame: &Frame, link: &Link) -> Verdict {
+    rewrite::finish::<F>(frame, link, F::follow_fragment(frame.ctx))
 }
 
 /// What all fragments of the datagram have in common goes to the CPU's desk.
@@ -103,12 +104,13 @@ fn place<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     }
     let bytes = F::packet_len(network.header);
     let (mut l2, mut ifindex) = (&datagram.l2, datagram.ifindex);
+    (work.service, work.tags) = (service, datagram.tags);
     if datagram.direction == DIRECTION_BACKEND {
         stats::count_out(service, datagram.backend, u64::from(bytes));
     } else {
         let backend = maps::BACKENDS
             .get(datagram.backend)
-            .filter(|b| b.generation == datagram.generation)
+            .filter(|b| u32::from(b.generation) == datagram.generation)
             .ok_or(Verdict::drop(DropReason::BackendDown, service))?;
         if backend.flags & BACKEND_RESOLVED == 0 {
             return Err(Verdict::drop(DropReason::NoNeighbour, service));
@@ -117,11 +119,11 @@ fn place<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
             return Err(Verdict::drop(DropReason::TooBig, service));
         }
         (l2, ifindex) = (&backend.l2, backend.ifindex);
+        work.tags = backend.tags;
         stats::count_in(service, datagram.backend, u64::from(bytes));
     }
     if forward::encapsulates(mode) {
         work.backend = datagram.backend;
-        work.service = service;
         work.gue = u32::from(mode == forward::GUE);
         work.hash = datagram.hash;
         return Ok(Verdict::ENCAPSULATE);

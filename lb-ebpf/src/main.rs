@@ -82,6 +82,7 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
         fragment::open(frame, &packet, &outgoing);
     }
     rewrite::rewrite(frame, link, &packet, &outgoing)?;
+    rewrite::tags::tag(frame, link, outgoing.tags, outgoing.flow.service)?;
     forward::send(frame, &packet, &outgoing)
 }
 

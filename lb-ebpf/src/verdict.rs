@@ -61,6 +61,12 @@ impl Verdict {
         }
     }
 
+    /// Whether the packet leaves as it is now.
+    #[inline(always)]
+    pub const fn leaves(self) -> bool {
+        matches!(self.0 as u8, TRANSMIT | REDIRECT)
+    }
+
     /// Leaves by another interface.
     #[inline(always)]
     pub const fn redirect(ifindex: u32) -> Self {

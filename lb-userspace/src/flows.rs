@@ -242,7 +242,7 @@ impl Flows {
             return false;
         }
         let backend = self.backends.read(flow.backend);
-        backend.service == flow.service && backend.generation == flow.generation
+        backend.service == flow.service && u32::from(backend.generation) == flow.generation
     }
 
     /// Corrects what has been wrong in two sweeps in a row. One alone proves nothing: the tables
@@ -336,7 +336,7 @@ where
 fn destination<A: Address>(flow: &Flow<A>, record: impl Fn() -> Option<Backend>) -> SocketAddr {
     if !forward::translates(flow.forward)
         && let Some(backend) = record()
-        && backend.generation == flow.generation
+        && u32::from(backend.generation) == flow.generation
     {
         let port = u16::from_be(flow.dport);
         return SocketAddr::new(to_ip(backend.family, &backend.addr), port);

@@ -74,6 +74,8 @@ pub struct Backend {
     pub ifindex: u32,
     /// Bytes of the largest packet that can be sent towards it; 0: any.
     pub mtu: u32,
+    /// VLAN tags towards it, as [`lb_common::vlan`] packs them.
+    pub tags: u32,
 }
 
 /// A service to be put into the maps.
@@ -181,6 +183,7 @@ impl Service {
             resolved: true,
             ifindex: INGRESS,
             mtu: 0,
+            tags: 0,
         })
     }
 
@@ -655,15 +658,17 @@ impl Balancer {
             l2: bytemuck::cast(l2),
             ifindex: b.ifindex,
             service: number,
-            generation,
+            tags: b.tags,
+            generation: u16::try_from(generation).expect("few replacements"),
             port: b.port.to_be(),
             family,
             flags: flag(b.resolved, backend::BACKEND_RESOLVED)
                 | flag(b.alive, backend::BACKEND_ALIVE),
-            mtu: b.mtu.saturating_sub(service::forward::overhead(
+            mtu: u16::try_from(b.mtu.saturating_sub(service::forward::overhead(
                 self.services[number as usize - 1].forward,
                 family,
-            )),
+            )))
+            .expect("an MTU of IP"),
         };
         let element = self.backend_number(number, index);
         self.set("backends", element, record);

@@ -551,6 +551,22 @@ impl Packet {
             .ttl(self.ttl - 1)
     }
 
+    /// Its VLAN tags, as [`lb_common::vlan`] packs them; worked out independently.
+    #[must_use]
+    pub fn tags(&self) -> u32 {
+        self.vlans.iter().rev().fold(0, |tags, (ether_type, tci)| {
+            let service = if *ether_type == 0x88a8 { 0x2000 } else { 0 };
+            tags << 16 | service | 0x1000 | u32::from(tci & 0xfff)
+        })
+    }
+
+    /// With these VLAN tags instead of its own, ethertype and TCI each, the outer one first.
+    #[must_use]
+    pub fn tagged(mut self, vlans: &[(u16, u16)]) -> Self {
+        self.vlans = vlans.to_vec();
+        self
+    }
+
     /// As it leaves the balancer for a backend after `dsr`.
     #[must_use]
     pub fn dsr_to(&self, mac: Mac) -> Self {

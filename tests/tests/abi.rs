@@ -102,11 +102,12 @@ fn layouts() -> Vec<Layout> {
                 l2: [u32; 3],
                 ifindex: u32,
                 service: u32,
-                generation: u32,
+                tags: u32,
+                generation: u16,
+                mtu: u16,
                 port: u16,
                 family: u8,
                 flags: u8,
-                mtu: u32,
             }
         ),
         layout!(
@@ -131,13 +132,13 @@ fn layouts() -> Vec<Layout> {
         }),
         layout!("Flow_3C_u32_3E_", Flow<u32> {
             src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
-            l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8,
+            l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
+            state: u8, direction: u8, forward: u8, reserved: u8, reserved1: u32,
         }),
         layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
             src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
-            l2: [u32; 3], ifindex: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8,
+            l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
+            state: u8, direction: u8, forward: u8, reserved: u8, reserved1: u32,
         }),
         layout!("FragmentKey_3C_u32_3E_", FragmentKey<u32> {
             src: u32, dst: u32, id: u32, protocol: u32,
@@ -147,11 +148,11 @@ fn layouts() -> Vec<Layout> {
         }),
         layout!("Datagram_3C_u32_3E_", Datagram<u32> {
             src: u32, dst: u32, backend: u32, generation: u32, service: u32, l2: [u32; 3], ifindex: u32,
-            created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32,
+            tags: u32, created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32, reserved: u32,
         }),
         layout!("Datagram_3C__5B_u32_3B__20_4_5D__3E_", Datagram<Addr6> {
             src: Addr6, dst: Addr6, backend: u32, generation: u32, service: u32, l2: [u32; 3],
-            ifindex: u32, created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32,
+            ifindex: u32, tags: u32, created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32, reserved: u32,
         }),
         layout!(
             "Load",

@@ -63,6 +63,7 @@ fn prepare<I: Layer>(
         header: start,
         ethertype: I::ETHERTYPE,
         payload: start.skip(offset as usize),
+        tags: 0,
     };
     let network = I::network(&frame, &link).ok_or(Outcome::Malformed)?;
     let located = match I::locate(&frame, &network) {

@@ -29,7 +29,7 @@ pub fn revise<F: Family>() -> Decision {
     };
     let flags = TcpFlags(arrival.flags);
     let udp = flow.state == state::UDP;
-    let known = backend.generation == flow.generation;
+    let known = u32::from(backend.generation) == flow.generation;
     let alive = known && backend.flags & BACKEND_ALIVE != 0;
     let service = maps::SERVICES.get(flow.service);
     let number = flow.service;
@@ -109,7 +109,7 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
     // The number may belong to another backend by now, which never counted this flow.
     if maps::BACKENDS
         .get(backend)
-        .is_none_or(|b| b.generation != flow.generation)
+        .is_none_or(|b| u32::from(b.generation) != flow.generation)
     {
         return;
     }

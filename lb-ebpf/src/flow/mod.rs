@@ -38,6 +38,8 @@ pub struct Outgoing<A: 'static> {
     pub l2: &'static [u32; 3],
     /// Interface.
     pub ifindex: u32,
+    /// VLAN tags.
+    pub tags: u32,
 }
 
 /// What a subprogram needs to know of a packet.
@@ -48,6 +50,8 @@ pub struct Arrival<A> {
     /// Ethernet destination and source towards the sender.
     pub l2: [u32; 3],
     pub ifindex: u32,
+    /// VLAN tags it came with.
+    pub tags: u32,
     pub now: u32,
     /// Bytes of the IP packet.
     pub packet_len: u32,
@@ -71,6 +75,8 @@ pub struct Work<A> {
     pub gue: u32,
     /// The hash of its flow.
     pub hash: u32,
+    /// VLAN tags that a packet leaves with whose link header a subprogram has written.
+    pub tags: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
@@ -102,8 +108,8 @@ const fn dropped(reason: DropReason, service: u32) -> Decision {
 }
 
 #[inline(always)]
-const fn too_big(mtu: u32, service: u32) -> Decision {
-    refused(DropReason::TooBig, service) | (mtu as u16 as u64) << 16
+const fn too_big(mtu: u16, service: u32) -> Decision {
+    refused(DropReason::TooBig, service) | (mtu as u64) << 16
 }
 
 #[inline(always)]
@@ -191,6 +197,7 @@ fn to_client<F: Family>(
         flow,
         l2: &flow.l2,
         ifindex: flow.ifindex,
+        tags: flow.tags,
     })
 }
 
@@ -212,7 +219,7 @@ fn to_backend<F: Family>(
             .flags
             .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
         && backend.flags == BACKEND_RESOLVED | BACKEND_ALIVE
-        && backend.generation == flow.generation;
+        && u32::from(backend.generation) == flow.generation;
     if !steady {
         let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.key = *key;
@@ -225,13 +232,14 @@ fn to_backend<F: Family>(
         }
     }
     if exceeds(packet.packet_len, backend, frame.ingress()) {
-        return Err(Verdict::too_big(backend.mtu as u16, flow.service));
+        return Err(Verdict::too_big(backend.mtu, flow.service));
     }
     touch(flow, now);
     Ok(Some(Outgoing {
         flow,
         l2: &backend.l2,
         ifindex: backend.ifindex,
+        tags: backend.tags,
     }))
 }
 
@@ -242,7 +250,7 @@ fn to_backend<F: Family>(
 #[inline(always)]
 pub fn exceeds(packet_len: u32, backend: &Backend, ingress: u32) -> bool {
     // An MTU of 0 is that of a way that is not known.
-    if packet_len.wrapping_sub(1) <= backend.mtu.wrapping_sub(1) {
+    if packet_len.wrapping_sub(1) <= u32::from(backend.mtu).wrapping_sub(1) {
         return false;
     }
     // SAFETY: a copy of one half word.
@@ -264,6 +272,7 @@ fn begin<F: Family>(
     work.arrival.key = *key;
     work.arrival.l2 = back(link);
     work.arrival.ifindex = frame.ingress();
+    work.arrival.tags = link.tags;
     work.arrival.now = now();
     work.arrival.packet_len = packet.packet_len;
     work.arrival.flags = packet.flags.0;
@@ -282,6 +291,7 @@ fn begin<F: Family>(
         flow: &work.client,
         l2: &backend.l2,
         ifindex: backend.ifindex,
+        tags: backend.tags,
     })
 }
 

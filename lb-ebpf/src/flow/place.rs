@@ -79,10 +79,11 @@ pub fn choose<F: Family>() -> Decision {
         sport: key.dport,
         dport: key.sport,
         backend: backend_number,
-        generation: backend.generation,
+        generation: backend.generation.into(),
         service: number,
         l2: arrival.l2,
         ifindex: arrival.ifindex,
+        tags: arrival.tags,
         last_seen: arrival.now,
         created: arrival.now,
         l3_delta: 0,
@@ -91,6 +92,7 @@ pub fn choose<F: Family>() -> Decision {
         direction: DIRECTION_BACKEND,
         forward: service.forward,
         reserved: 0,
+        reserved1: 0,
     };
     FOLLOW
 }

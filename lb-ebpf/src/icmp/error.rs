@@ -44,11 +44,11 @@ const QUOTED_TRANSPORT: u32 = 8;
 /// Carries the error in `frame` to the end of the flow that it quotes; what is no error or quotes
 /// no flow is the kernel's.
 #[inline(always)]
-pub fn carry_on<F: Family>(frame: &Frame) -> Verdict {
-    rewrite::finish::<F>(frame, F::carry_error(frame.ctx))
+pub fn carry_on<F: Family>(frame: &Frame, link: &parse::Link) -> Verdict {
+    rewrite::finish::<F>(frame, link, F::carry_error(frame.ctx))
 }
 
-/// All of [`carry_on`] but the encapsulation.
+/// All of [`carry_on`] but the encapsulation and the VLAN tags.
 #[inline(always)]
 fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let frame = Frame::new(ctx);
@@ -92,7 +92,8 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     if hops <= 1 {
         return Err(Verdict::drop(DropReason::TtlExceeded, service));
     }
-    let (l2, ifindex) = next_hop(flow)?;
+    let (l2, ifindex, tags) = next_hop(flow)?;
+    (work.service, work.tags) = (service, tags);
     let bytes = u64::from(located.packet_len);
     if flow.direction == DIRECTION_BACKEND {
         stats::count_out(service, flow.backend, bytes);
@@ -103,7 +104,6 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         // The backend answered the client itself: the quote is what it sent.
         if forward::encapsulates(flow.forward) {
             work.backend = flow.backend;
-            work.service = service;
             work.gue = u32::from(flow.forward == forward::GUE);
             work.hash = hash::flow_hash(&work.arrival.key);
             return Ok(Verdict::ENCAPSULATE);
@@ -134,20 +134,20 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     Ok(Verdict::leave(&frame, ifindex))
 }
 
-/// MAC addresses and interface towards the end of the flow.
+/// MAC addresses, interface and VLAN tags towards the end of the flow.
 #[inline(always)]
-fn next_hop<A: Address>(flow: &'static Flow<A>) -> Result<(&'static [u32; 3], u32), Verdict> {
+fn next_hop<A: Address>(flow: &'static Flow<A>) -> Result<(&'static [u32; 3], u32, u32), Verdict> {
     if flow.direction == DIRECTION_BACKEND {
-        return Ok((&flow.l2, flow.ifindex));
+        return Ok((&flow.l2, flow.ifindex, flow.tags));
     }
     let backend = maps::BACKENDS
         .get(flow.backend)
-        .filter(|b| b.generation == flow.generation)
+        .filter(|b| u32::from(b.generation) == flow.generation)
         .ok_or(Verdict::drop(DropReason::BackendDown, flow.service))?;
     if backend.flags & BACKEND_RESOLVED == 0 {
         return Err(Verdict::drop(DropReason::NoNeighbour, flow.service));
     }
-    Ok((&backend.l2, backend.ifindex))
+    Ok((&backend.l2, backend.ifindex, backend.tags))
 }
 
 /// Makes the quoted packet the one its sender knows, and mends the ICMP checksum.

@@ -41,7 +41,7 @@ pub fn answer<F: Family>(
     let request = u16::from_ne_bytes([F::ECHO_REQUEST, 0]);
     let reply = u16::from_ne_bytes([F::ECHO_REPLY, 0]);
     if F::is_icmp_error(header.read(0)) {
-        return error::carry_on::<F>(frame);
+        return error::carry_on::<F>(frame, link);
     }
     if lookup::vip::<F>(&network.dst).is_none() {
         return Verdict::PASS;

@@ -5,14 +5,15 @@ use crate::{
     verdict::Verdict,
 };
 use core::mem::offset_of;
+use lb_common::vlan;
 use network_types::{eth::EthHdr, vlan::VlanHdr};
 
 /// Ethertypes as they stand in the frame.
 pub const IPV4: u16 = 0x0800_u16.to_be();
 pub const IPV6: u16 = 0x86dd_u16.to_be();
 pub const ARP: u16 = 0x0806_u16.to_be();
-const VLAN: u16 = 0x8100_u16.to_be();
-const SERVICE_VLAN: u16 = 0x88a8_u16.to_be();
+pub const VLAN: u16 = 0x8100_u16.to_be();
+pub const SERVICE_VLAN: u16 = 0x88a8_u16.to_be();
 
 /// The link-layer header.
 pub struct Link {
@@ -22,9 +23,11 @@ pub struct Link {
     pub ethertype: u16,
     /// First byte behind the tags; nothing is checked there.
     pub payload: Cursor,
+    /// The VLAN tags, packed as in [`lb_common::vlan`].
+    pub tags: u32,
 }
 
-/// Reads the Ethernet header and up to two VLAN tags, which stay in the packet as they are.
+/// Reads the Ethernet header and up to two VLAN tags.
 #[inline(always)]
 pub fn parse(frame: &Frame) -> Result<Link, Verdict> {
     let header = frame.start(EthHdr::LEN).ok_or(Verdict::PASS)?;
@@ -32,14 +35,22 @@ pub fn parse(frame: &Frame) -> Result<Link, Verdict> {
         header,
         ethertype: header.read(offset_of!(EthHdr, ether_type)),
         payload: header.skip(EthHdr::LEN),
+        tags: 0,
     };
-    for _ in 0..2 {
+    // Where the ethertype stands.
+    let mut at = header.skip(offset_of!(EthHdr, ether_type));
+    for i in 0..2 {
         if link.ethertype != VLAN && link.ethertype != SERVICE_VLAN {
             break;
         }
         let tag = frame
             .check(link.payload, VlanHdr::LEN)
             .ok_or(Verdict::PASS)?;
+        // The outer tag is the low half.
+        let [ethertype, tci]: [u16; 2] = [at.read_again(0), tag.read(0)];
+        let half = vlan::half(u16::from_be(ethertype), u16::from_be(tci));
+        link.tags |= u32::from(half) << (16 * i);
+        at = link.payload.skip(offset_of!(VlanHdr, ether_type));
         link.ethertype = tag.read(offset_of!(VlanHdr, ether_type));
         link.payload = tag.skip(VlanHdr::LEN);
     }

@@ -86,7 +86,7 @@ pub fn transport<F: Family>(
 ) -> Result<Packet<F>, Verdict> {
     let located = match F::locate_first(frame, &network) {
         Ok(located) => located,
-        Err(Fault::Fragment) => return Err(fragment::follow::<F>(frame)),
+        Err(Fault::Fragment) => return Err(fragment::follow::<F>(frame, link)),
         Err(fault) => return Err(unsound(&network, fault)),
     };
     let Located {

@@ -3,11 +3,12 @@
 pub mod encap;
 mod l2;
 mod nat;
+pub mod tags;
 
 use crate::{
     checksum,
     family::Family,
-    flow::Outgoing,
+    flow::{Outgoing, Work},
     frame::Frame,
     maps,
     parse::{Link, Packet, protocol},
@@ -93,16 +94,27 @@ fn new_checksum<F: Family>(
     }))
 }
 
-/// The verdict of a subprogram, after the encapsulation that it may have left over: the stack has
-/// no room for a subprogram that calls one that calls another.
+/// The verdict of a subprogram, after the encapsulation and the VLAN tags, which it leaves over:
+/// the stack has no room for a subprogram that calls one that calls another.
 #[inline(always)]
-pub fn finish<F: Family>(frame: &Frame, bits: u64) -> Verdict {
-    if bits != Verdict::ENCAPSULATE.bits() {
-        return Verdict::from_bits(bits);
-    }
+pub fn finish<F: Family>(frame: &Frame, link: &Link, bits: u64) -> Verdict {
     let Some(work) = F::work() else {
         return Verdict::PASS;
     };
+    let verdict = encapsulated::<F>(frame, work, bits);
+    if verdict.leaves()
+        && let Err(dropped) = tags::tag(frame, link, work.tags, work.service)
+    {
+        return dropped;
+    }
+    verdict
+}
+
+#[inline(always)]
+fn encapsulated<F: Family>(frame: &Frame, work: &Work<F::Addr>, bits: u64) -> Verdict {
+    if bits != Verdict::ENCAPSULATE.bits() {
+        return Verdict::from_bits(bits);
+    }
     let Some(backend) = maps::BACKENDS.get(work.backend) else {
         return Verdict::PASS;
     };

@@ -198,15 +198,21 @@ impl Daemon {
         match resolution {
             Resolution::Unresolved { reason } => (Way::Blocked(reason.clone()), None),
             Resolution::Resolved(hop) => {
-                if self.config.daemon.interfaces.contains(&hop.ifname) {
-                    (Way::Open, Some(Hop::from(hop)))
-                } else {
-                    let reason = format!(
-                        "{address} is behind {}, which is not in daemon.interfaces",
-                        hop.ifname
-                    );
-                    (Way::Blocked(reason), None)
+                let ours = &self.config.daemon.interfaces;
+                if ours.contains(&hop.ifname) {
+                    return (Way::Open, Some(leave(hop, hop.ifindex, 0)));
                 }
+                // Tags are written by whoever is above the interface that packets leave by.
+                if let Some(below) = hop.below.iter().find(|b| ours.contains(&b.ifname)) {
+                    return (Way::Open, Some(leave(hop, below.ifindex, below.tags)));
+                }
+                let mut names = vec![hop.ifname.as_str()];
+                names.extend(hop.below.iter().map(|below| below.ifname.as_str()));
+                let reason = format!(
+                    "{address} is behind {}, which is not in daemon.interfaces",
+                    names.join(" on ")
+                );
+                (Way::Blocked(reason), None)
             }
         }
     }
@@ -698,14 +704,14 @@ fn wanted(
     }
 }
 
-impl From<&NextHop> for Hop {
-    fn from(hop: &NextHop) -> Self {
-        Self {
-            destination: hop.destination,
-            source: hop.source,
-            ifindex: hop.ifindex,
-            address: hop.address,
-            mtu: hop.mtu,
-        }
+/// The way to a next hop by an interface of ours, with these VLAN tags.
+fn leave(hop: &NextHop, ifindex: u32, tags: u32) -> Hop {
+    Hop {
+        destination: hop.destination,
+        source: hop.source,
+        ifindex,
+        tags,
+        address: hop.address,
+        mtu: hop.mtu,
     }
 }

@@ -203,10 +203,11 @@ fn inherit(daemon: &mut Daemon) {
                 destination: [d0, d1, d2, d3, d4, d5],
                 source: [s0, s1, s2, s3, s4, s5],
                 ifindex: record.ifindex,
+                tags: record.tags,
                 address: to_ip(record.family, &record.source),
                 mtu: match record.mtu {
                     0 => 0,
-                    mtu => mtu + daemon.reconciler.overhead(&service, record.family),
+                    mtu => u32::from(mtu) + daemon.reconciler.overhead(&service, record.family),
                 },
             };
             daemon.hops.insert(address.ip(), hop);

@@ -20,6 +20,7 @@ use lb_common::{
     names::{self, name_of},
     service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, Vip},
     stats::{Counters, DropReason},
+    vlan,
 };
 use serde_json::{Value, json};
 use std::{io, net::IpAddr, ops::AddAssign, path::Path};
@@ -251,10 +252,18 @@ fn backend(index: u32, backend: Backend) -> Value {
         "next_hop": destination,
         "source_mac": source,
         "ifindex": backend.ifindex,
+        "vlans": vlans(backend.tags),
         "generation": backend.generation,
         "resolved": backend.flags & BACKEND_RESOLVED != 0,
         "alive": backend.flags & BACKEND_ALIVE != 0,
     })
+}
+
+/// The VLANs of a frame, the outer one first.
+fn vlans(tags: u32) -> Value {
+    let (outer, inner) = vlan::halves(tags);
+    let there = [outer, inner].into_iter().filter(|tag| *tag != 0);
+    there.map(|tag| tag & vlan::ID).collect()
 }
 
 fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
@@ -283,6 +292,7 @@ fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
         value["next_hop"] = destination.into();
         value["source_mac"] = source.into();
         value["ifindex"] = flow.ifindex.into();
+        value["vlans"] = vlans(flow.tags);
     }
     value
 }
@@ -310,6 +320,7 @@ fn fragment<A: Address>(key: &FragmentKey<A>, id: u32, datagram: &Datagram<A>) -
         value["next_hop"] = destination.into();
         value["source_mac"] = source.into();
         value["ifindex"] = datagram.ifindex.into();
+        value["vlans"] = vlans(datagram.tags);
     }
     value
 }

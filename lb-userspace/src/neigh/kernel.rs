@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, TryStreamExt, future, stream};
+use lb_common::vlan;
 use rtnetlink::{
     Handle, MulticastGroup,
     packet_core::{
@@ -18,7 +19,10 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
-        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        link::{
+            InfoData, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+            VlanProtocol,
+        },
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags,
             NeighbourMessage, NeighbourState,
@@ -297,15 +301,32 @@ pub(super) fn interface(message: &LinkMessage) -> Option<Interface> {
     let mut mac = None;
     let mut mtu = 0;
     let mut kind = None;
+    let (mut below, mut elsewhere) = (None, false);
+    let (mut id, mut service) = (None, false);
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::Link(value) => below = Some(*value),
+            // The index is one of another namespace.
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::IfName(value) => name = Some(value.clone()),
             LinkAttribute::Mtu(value) => mtu = *value,
             LinkAttribute::Address(value) => mac = value.as_slice().try_into().ok(),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
-                    if let LinkInfo::Kind(value) = info {
-                        kind = Some(value.to_string());
+                    match info {
+                        LinkInfo::Kind(value) => kind = Some(value.to_string()),
+                        LinkInfo::Data(InfoData::Vlan(infos)) => {
+                            for info in infos {
+                                match info {
+                                    InfoVlan::Id(value) => id = Some(*value),
+                                    InfoVlan::Protocol(value) => {
+                                        service = *value == VlanProtocol::Ieee8021Ad;
+                                    }
+                                    _ => {}
+                                }
+                            }
+                        }
+                        _ => {}
                     }
                 }
             }
@@ -329,6 +350,9 @@ pub(super) fn interface(message: &LinkMessage) -> Option<Interface> {
             .header
             .flags
             .contains(LinkFlags::Up | LinkFlags::LowerUp),
+        vlan: id
+            .map(|id| vlan::tag(id, service))
+            .and_then(|tag| below.filter(|_| !elsewhere).map(|below| (below, tag))),
     })
 }
 

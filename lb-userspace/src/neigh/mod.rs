@@ -38,6 +38,20 @@ pub struct NextHop {
     pub mtu: u32,
     /// Whether the next hop is the target itself, not a gateway.
     pub direct: bool,
+    /// Where they may leave instead if the interface is that of a VLAN: the interfaces below it,
+    /// the next one first.
+    pub below: Vec<Below>,
+}
+
+/// An interface below that of a VLAN.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Below {
+    /// Index.
+    pub ifindex: u32,
+    /// Name.
+    pub ifname: String,
+    /// VLAN tags that packets leave it with, packed as in [`lb_common::vlan`].
+    pub tags: u32,
 }
 
 /// What is known about the way to a target.
@@ -68,6 +82,9 @@ pub struct Interface {
     pub kind: String,
     /// Whether it is switched on and has a carrier.
     pub up: bool,
+    /// For an interface of a VLAN: the index of the one below it, and the tag that packets get
+    /// there, packed as in [`lb_common::vlan`].
+    pub vlan: Option<(u32, u16)>,
 }
 
 /// What can go wrong with netlink.

@@ -5,7 +5,9 @@ use std::{
     net::IpAddr,
 };
 
-use super::{Interface, NextHop, Resolution};
+use lb_common::vlan;
+
+use super::{Below, Interface, NextHop, Resolution};
 
 /// A neighbour: the key of the kernel's neighbour table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +71,23 @@ pub(super) struct Table {
 }
 
 impl Table {
+    /// The interfaces below `link` that packets for it leave with no more tags than are supported.
+    fn below(&self, link: &Interface) -> Vec<Below> {
+        let mut found = Vec::new();
+        let (mut link, mut tags) = (link, 0);
+        while let Some((index, tag)) = link.vlan
+            && let (Some(below), Some(all)) = (self.links.get(&index), vlan::push(tags, tag))
+        {
+            (link, tags) = (below, all);
+            found.push(Below {
+                ifindex: below.index,
+                ifname: below.name.clone(),
+                tags,
+            });
+        }
+        found
+    }
+
     /// What to say about a target; `None` while its neighbour is being asked and nothing has been
     /// said that this would make wrong.
     ///
@@ -137,6 +156,7 @@ impl Table {
                     address,
                     mtu: way.mtu.map_or(link.mtu, |mtu| mtu.min(link.mtu)),
                     direct: way.hop.address == target,
+                    below: self.below(link),
                 }))
             }
             Some(Reachability::Failed) => unresolved(silent(target, way.hop.address, &link.name)),
@@ -216,6 +236,7 @@ mod tests {
             mtu: 1500,
             kind: "veth".to_owned(),
             up,
+            vlan: None,
         };
         let mut table = Table::default();
         table.links.insert(7, link);
@@ -264,6 +285,54 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn an_interface_of_a_vlan_has_others_below_it() {
+        let mut known = table(true, Some(Reachability::Known([2; 6])));
+        let lowest = known.links[&7].clone();
+        let above = |index, name: &str, below, tag| Interface {
+            index,
+            name: name.to_owned(),
+            vlan: Some((below, tag)),
+            ..lowest.clone()
+        };
+        let below = |ifindex, ifname: &str, tags| Below {
+            ifindex,
+            ifname: ifname.to_owned(),
+            tags,
+        };
+        let (outer, inner) = (vlan::tag(100, true), vlan::tag(20, false));
+        let two = u32::from(inner) << 16 | u32::from(outer);
+        for link in [
+            above(7, "eth0.100.20", 8, inner),
+            above(8, "eth0.100", 9, outer),
+            Interface {
+                index: 9,
+                ..lowest.clone()
+            },
+        ] {
+            known.links.insert(link.index, link);
+        }
+        let ways = |table: &Table| match table.resolve(TARGET, &way(None), None, None) {
+            Some(Resolution::Resolved(hop)) => hop.below,
+            other => panic!("{other:?}"),
+        };
+        let expected = [below(8, "eth0.100", inner.into()), below(9, "eth0", two)];
+        assert_eq!(ways(&known), expected);
+        // A third tag, or an interface below that is not in this namespace, ends the list.
+        known
+            .links
+            .insert(9, above(9, "eth0", 10, vlan::tag(1, false)));
+        assert_eq!(ways(&known), expected);
+        known.links.insert(
+            10,
+            Interface {
+                index: 10,
+                ..lowest
+            },
+        );
+        assert_eq!(ways(&known), expected);
     }
 
     #[test]

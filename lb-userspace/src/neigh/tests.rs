@@ -164,6 +164,7 @@ fn a_neighbour_is_found_in_both_families() {
             address: address(source),
             mtu: 1400,
             direct: true,
+            below: Vec::new(),
         };
         assert_eq!(watch.resolved(target), expected);
     }

@@ -245,7 +245,9 @@ impl Worker {
 
     fn review_interface(&mut self, index: u32) {
         for (hop, users) in &self.users {
-            if hop.ifindex == index {
+            let link = self.table.links.get(&hop.ifindex);
+            // What is below the interface of a VLAN belongs to the answer too.
+            if hop.ifindex == index || link.is_some_and(|link| link.vlan.is_some()) {
                 self.review.extend(users);
             }
         }

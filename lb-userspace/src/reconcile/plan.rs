@@ -69,6 +69,8 @@ pub struct Hop {
     pub source: [u8; 6],
     /// Interface index.
     pub ifindex: u32,
+    /// VLAN tags, packed as in [`lb_common::vlan`].
+    pub tags: u32,
     /// The balancer's address towards it.
     pub address: IpAddr,
     /// Bytes of the largest IP packet on the way there.
@@ -150,7 +152,7 @@ pub struct Reconciler {
     service_numbers: Numbers,
     backend_numbers: Numbers,
     /// The generation each backend number had last.
-    generations: HashMap<u32, u32>,
+    generations: HashMap<u32, u16>,
     space: SlotSpace,
     filter: Filter,
     /// Addresses that `nat` sends from whatever the backend.
@@ -741,7 +743,7 @@ impl Reconciler {
         self.backend_numbers.give_back(backend.number);
     }
 
-    fn next_generation(&mut self, number: u32) -> u32 {
+    fn next_generation(&mut self, number: u32) -> u16 {
         let generation = self.generations.entry(number).or_default();
         *generation = generation.wrapping_add(1);
         *generation
@@ -761,7 +763,7 @@ fn lane_of(mode: u8, backend: SocketAddr, source: IpAddr) -> Option<(IpAddr, u8)
     }
 }
 
-fn clear_backend(number: u32, generation: u32) -> Op {
+fn clear_backend(number: u32, generation: u16) -> Op {
     Op::Backend {
         number,
         record: BackendRecord {
@@ -797,10 +799,13 @@ fn backend_record(
         l2[6..].copy_from_slice(&hop.source);
         record.l2 = bytemuck::cast(l2);
         record.ifindex = hop.ifindex;
+        record.tags = hop.tags;
         record.source = from_ip(hop.address);
-        record.mtu = hop
+        let mtu = hop
             .mtu
             .saturating_sub(forward::overhead(mode, record.family));
+        // No IP packet is larger than what fits.
+        record.mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
         record.flags |= BACKEND_RESOLVED;
     }
     record

@@ -16,8 +16,12 @@ fn balancer(family: Family, protocol: u8) -> Balancer {
 }
 
 fn open(balancer: &mut Balancer, family: Family, protocol: u8) -> u16 {
-    let mut packet = transport(family, protocol).from(CLIENT, 40000).to(VIP, 80);
-    if protocol == TCP {
+    open_with(balancer, transport(family, protocol))
+}
+
+fn open_with(balancer: &mut Balancer, packet: Packet) -> u16 {
+    let mut packet = packet.from(CLIENT, 40000).to(VIP, 80);
+    if packet.protocol() == TCP {
         packet = packet.syn();
     }
     let outcome = balancer.send(&packet);
@@ -144,7 +148,8 @@ fn a_partial_checksum_covers_the_packet_and_not_its_surroundings() {
     ];
     for (what, packet) in cases {
         let mut balancer = balancer(packet.family, TCP);
-        let port = open(&mut balancer, packet.family, TCP);
+        balancer.change(1, |s| s.backends[0].tags = packet.tags());
+        let port = open_with(&mut balancer, packet.clone());
         for len in [0, 1, 2, 511, 512, 513, 1023, 1025] {
             let right = packet
                 .clone()

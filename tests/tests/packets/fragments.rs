@@ -39,6 +39,9 @@ type Rewrite = Box<dyn Fn(&Packet) -> Packet>;
 fn opened(family: Family, whole: &Packet, size: usize) -> (Balancer, Vec<Packet>, Rewrite, Counts) {
     let protocol = whole.protocol();
     let mut balancer = balancer(family, protocol);
+    balancer.change(1, |s| {
+        s.backends.iter_mut().for_each(|b| b.tags = whole.tags());
+    });
     let fragments = whole.fragments(size);
     let load = if protocol == TCP { (0, 1) } else { (1, 0) };
     let here = whole.clone();

@@ -201,6 +201,8 @@ fn headers_around_and_in_the_quote_stay() {
         let error = TOO_BIG(family);
         let sent = tagged(flow.on_clients_side(error, &dressed(&flow.answered_out), 500));
         let expected = tagged(flow.at_backend(error, &dressed(&flow.answered), 500));
+        flow.balancer
+            .change(1, |s| s.backends[0].tags = sent.tags());
         let counts = flow.counts(Counts::default().packet_in(1, 1, sent.ip_len()));
         flow.balancer.check(
             &format!("{family:?}"),

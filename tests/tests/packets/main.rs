@@ -17,3 +17,4 @@ mod passthrough;
 mod refusal;
 mod scheduling;
 mod tcp_state;
+mod vlan;

@@ -1,5 +1,6 @@
 //! `dnat`, `dsr`, `ipip` and `gue`: what leaves for the backend, what is remembered and counted.
 
+use crate::vlan::{TAGS, rewritten};
 use lb_common::{
     flow::state,
     names,
@@ -346,6 +347,7 @@ fn headers_around_stay_as_they_are() {
     for (what, packet) in dressed {
         for way in ways().into_iter().filter(|w| w.inner == packet.family) {
             let mut balancer = way.balancer(packet.protocol());
+            balancer.change(1, |s| s.backends[0].tags = packet.tags());
             let sent = packet
                 .clone()
                 .from(CLIENT, 40000)
@@ -361,6 +363,24 @@ fn headers_around_stay_as_they_are() {
             let counts = next(&sent);
             let what = format!("{what}, partial checksum");
             way.check_as(&mut balancer, &what, (&partial, &sent), BACKEND_1, &counts);
+        }
+    }
+}
+
+#[test]
+fn tags_are_those_of_the_next_hop_in_every_mode() {
+    for way in ways() {
+        for from in TAGS {
+            for to in TAGS {
+                let mut balancer = way.balancer(UDP);
+                let sent = request(way.inner, UDP).tagged(from);
+                let right = sent.clone().tagged(&rewritten(from, to));
+                balancer.change(1, |s| s.backends[0].tags = right.tags());
+                let what = format!("{from:x?} to {to:x?}");
+                let packets = (&sent, &right);
+                way.check_as(&mut balancer, &what, packets, BACKEND_1, &first(&sent));
+                way.check_as(&mut balancer, &what, packets, BACKEND_1, &next(&sent));
+            }
         }
     }
 }
@@ -745,11 +765,7 @@ fn replies_of_dnat_return_as_the_vips() {
                     sent.clone().checksum(Checksum::Partial),
                     sent.clone(),
                 ),
-                (
-                    "a tag",
-                    sent.clone().vlan(0x8100, 3),
-                    sent.clone().vlan(0x8100, 3),
-                ),
+                ("a tag", sent.clone().vlan(0x8100, 3), sent.clone()),
             ] {
                 let counts = Counts::default().packet_out(1, 1, sent.ip_len());
                 balancer.check(

@@ -197,6 +197,7 @@ fn headers_beside_the_addresses_stay() {
     for (what, packet) in cases {
         let sent = packet.from(CLIENT, 40000).to(VIP, 80).syn();
         let mut balancer = balancer(sent.family, TCP);
+        balancer.change(1, |s| s.backends[0].tags = sent.tags());
         let port = balancer.check_new(
             what,
             &sent,

@@ -176,6 +176,7 @@ fn hop(address: IpAddr) -> Option<Hop> {
         source: [2, 0, 0, 0, 0, 2],
         ifindex: 7,
         mtu: 1500,
+        tags: 0,
         address: match address {
             IpAddr::V4(_) => IpAddr::from([198, 18, 0, 254]),
             IpAddr::V6(_) => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 254]),
