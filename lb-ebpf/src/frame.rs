@@ -104,14 +104,6 @@ impl Cursor {
         unsafe { ((self.0 + offset) as *const T).read_unaligned() }
     }
 
-    /// Reads once more what the way to here has been chosen by, so that the verifier knows nothing
-    /// of it and need not follow each of these ways to its end.
-    #[inline(always)]
-    pub fn read_again(self, offset: usize) -> u16 {
-        // SAFETY: as in `read`; what is read this way stands at even places.
-        unsafe { ((self.0 + offset) as *const u16).read_volatile() }
-    }
-
     /// Writes a value at `offset`.
     #[inline(always)]
     pub fn write<T: Copy>(self, offset: usize, value: T) {

@@ -37,8 +37,6 @@ pub fn parse(frame: &Frame) -> Result<Link, Verdict> {
         payload: header.skip(EthHdr::LEN),
         tags: 0,
     };
-    // Where the ethertype stands.
-    let mut at = header.skip(offset_of!(EthHdr, ether_type));
     for i in 0..2 {
         if link.ethertype != VLAN && link.ethertype != SERVICE_VLAN {
             break;
@@ -47,10 +45,8 @@ pub fn parse(frame: &Frame) -> Result<Link, Verdict> {
             .check(link.payload, VlanHdr::LEN)
             .ok_or(Verdict::PASS)?;
         // The outer tag is the low half.
-        let [ethertype, tci]: [u16; 2] = [at.read_again(0), tag.read(0)];
-        let half = vlan::half(u16::from_be(ethertype), u16::from_be(tci));
-        link.tags |= u32::from(half) << (16 * i);
-        at = link.payload.skip(offset_of!(VlanHdr, ether_type));
+        let tci = u16::from_be(tag.read(0));
+        link.tags |= u32::from(vlan::tag(tci, link.ethertype == SERVICE_VLAN)) << (16 * i);
         link.ethertype = tag.read(offset_of!(VlanHdr, ether_type));
         link.payload = tag.skip(VlanHdr::LEN);
     }

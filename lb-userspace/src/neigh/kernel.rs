@@ -487,3 +487,45 @@ fn plain(address: &RouteAddress) -> Option<IpAddr> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rtnetlink::packet_route::link::InfoKind;
+
+    /// What the kernel says of an interface of VLAN 100 on interface 7.
+    fn told(protocol: VlanProtocol) -> LinkMessage {
+        let mut message = LinkMessage::default();
+        message.header.index = 8;
+        message.header.link_layer_type = LinkLayerType::Ether;
+        message.attributes = vec![
+            LinkAttribute::IfName("eth0.100".to_owned()),
+            LinkAttribute::Link(7),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Vlan),
+                LinkInfo::Data(InfoData::Vlan(vec![
+                    InfoVlan::Protocol(protocol),
+                    InfoVlan::Id(100),
+                ])),
+            ]),
+        ];
+        message
+    }
+
+    #[test]
+    fn the_interface_of_a_vlan_tells_its_tag_and_what_is_below_it() {
+        let of = |message: &LinkMessage| interface(message).and_then(|link| link.vlan);
+        let customer = told(VlanProtocol::Ieee8021Q);
+        assert_eq!(of(&customer), Some((7, vlan::tag(100, false))));
+        let service = told(VlanProtocol::Ieee8021Ad);
+        assert_eq!(of(&service), Some((7, vlan::tag(100, true))));
+        // The number is that of an interface in another namespace.
+        let mut elsewhere = customer;
+        elsewhere.attributes.push(LinkAttribute::LinkNetNsId(0));
+        assert_eq!(of(&elsewhere), None);
+        // A veth names its other end.
+        let mut veth = told(VlanProtocol::Ieee8021Q);
+        veth.attributes.pop();
+        assert_eq!(of(&veth), None);
+    }
+}
