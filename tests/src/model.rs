@@ -54,6 +54,8 @@ struct Flow {
     state: u8,
     /// Ethernet source and destination of the first packet.
     macs: (Mac, Mac),
+    /// VLAN tags of the first packet.
+    tags: u32,
     age: u32,
 }
 
@@ -301,7 +303,7 @@ impl Model {
             }
             flow.state = next;
             let (vip, client) = (flow.vip, flow.client);
-            let mut out = rewritten(packet, vip, client);
+            let mut out = rewritten(packet, vip, client).retagged(flow.tags);
             (out.src_mac, out.dst_mac) = (flow.macs.1, flow.macs.0);
             return Ok(Prediction {
                 verdict: Verdict::Tx,
@@ -428,6 +430,7 @@ impl Model {
                 state::UDP
             },
             macs: (packet.src_mac, packet.dst_mac),
+            tags: packet.tags(),
             age: 0,
         };
         let load = self.load.entry(number_of_backend).or_default();
@@ -490,7 +493,7 @@ impl Model {
         if let Some(answer) = exceeding(packet, backend, flow.forward, flow.service) {
             return answer;
         }
-        let mut packet = packet.clone();
+        let mut packet = packet.clone().retagged(backend.tags);
         if packet.checksum != Checksum::Zero && packet.reads_as_partial() {
             packet.checksum = Checksum::Right;
         }

@@ -560,6 +560,22 @@ impl Packet {
         })
     }
 
+    /// With the tags that [`Packet::tags`] of another packet tells of, and its own priority bits in
+    /// their place.
+    #[must_use]
+    pub fn retagged(mut self, tags: u32) -> Self {
+        let had = std::mem::take(&mut self.vlans);
+        for (place, half) in [tags & 0xffff, tags >> 16].into_iter().enumerate() {
+            if half != 0 {
+                let priority = had.get(place).map_or(0, |(_, tci)| tci & 0xf000);
+                let ether_type = if half & 0x2000 == 0 { 0x8100 } else { 0x88a8 };
+                self.vlans
+                    .push((ether_type, half as u16 & 0xfff | priority));
+            }
+        }
+        self
+    }
+
     /// With these VLAN tags instead of its own, ethertype and TCI each, the outer one first.
     #[must_use]
     pub fn tagged(mut self, vlans: &[(u16, u16)]) -> Self {

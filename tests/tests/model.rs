@@ -203,7 +203,8 @@ fn balancer(setup: &Setup) -> Balancer {
         .zip(&setup.services)
         .map(|(service, (mode, across, small))| {
             let mut service = service.forward(*mode);
-            for backend in &mut service.backends {
+            for (n, backend) in service.backends.iter_mut().enumerate() {
+                backend.tags = [0, 0x1064, 0x10c8_3064][n % 3];
                 if *small {
                     backend.mtu = SMALL_MTU;
                 }
