@@ -9,7 +9,7 @@ use crate::{
     harness::{Backend, Balancer, Counts, FlowEntry, INGRESS, Outcome, Service, TCP, UDP, Verdict},
     oracle,
     packet::{
-        BALANCER, Checksum, Family, Mac, Packet, Transport, error_for, pong, reset_for,
+        BALANCER, Checksum, Family, Mac, Packet, Transport, error_for, icmp_error, pong, reset_for,
         time_exceeded, too_big,
     },
 };
@@ -59,8 +59,31 @@ struct Flow {
     age: u32,
 }
 
+/// A datagram whose first fragment was sent on.
+#[derive(Clone, Debug)]
+struct Datagram {
+    key: (IpAddr, IpAddr, u16, u8),
+    flow: Flow,
+    from_backend: bool,
+    hash: u32,
+    age: u32,
+}
+
+/// Ticks of half a minute.
+const DATAGRAM_LIFETIME: u32 = 30 * 953;
+
+/// What the fragments of a datagram have in common.
+fn identity(packet: &Packet) -> (IpAddr, IpAddr, u16, u8) {
+    let protocol = match packet.family {
+        Family::V4 => packet.protocol(),
+        Family::V6 => 0,
+    };
+    (packet.src, packet.dst, packet.id, protocol)
+}
+
 /// The model.
 pub struct Model {
+    datagrams: Vec<Datagram>,
     services: Vec<Service>,
     /// The number of each service's first backend.
     first_backend: Vec<u32>,
@@ -164,6 +187,7 @@ impl Model {
                 .collect(),
             generations: BTreeMap::new(),
             turns: BTreeMap::new(),
+            datagrams: Vec::new(),
             flows: Vec::new(),
             load: BTreeMap::new(),
             ports: settings.nat_port_first..=settings.nat_port_last,
@@ -189,6 +213,9 @@ impl Model {
     pub fn age(&mut self, ticks: u32) {
         for flow in &mut self.flows {
             flow.age += ticks;
+        }
+        for datagram in &mut self.datagrams {
+            datagram.age += ticks;
         }
     }
 
@@ -268,6 +295,193 @@ impl Model {
     }
 
     fn decide(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
+        if packet.piece() == Some(false) {
+            return Ok(self.later_fragment(packet));
+        }
+        let prediction = self.whole(packet, real)?;
+        let mut counters = prediction.counts.services.values();
+        if packet.piece().is_some() && counters.any(|c| c.packets_in + c.packets_out > 0) {
+            self.remember(packet);
+        }
+        Ok(prediction)
+    }
+
+    /// A first fragment was sent on: where the rest of its datagram goes.
+    fn remember(&mut self, packet: &Packet) {
+        let (from, to) = ((packet.src, packet.sport), (packet.dst, packet.dport));
+        let of_protocol = || {
+            self.flows
+                .iter()
+                .filter(|f| f.protocol == packet.protocol())
+        };
+        let reply = of_protocol()
+            .find(|f| translates(f.forward) && f.destination == from && f.source == to);
+        let request = of_protocol().find(|f| f.client == from && f.vip == to);
+        let flow = reply
+            .or(request)
+            .expect("what was sent on has a flow")
+            .clone();
+        let key = identity(packet);
+        self.datagrams.retain(|d| d.key != key);
+        self.datagrams.push(Datagram {
+            key,
+            flow,
+            from_backend: reply.is_some(),
+            hash: flow_hash(packet),
+            age: 0,
+        });
+    }
+
+    fn later_fragment(&self, packet: &Packet) -> Prediction {
+        let known = self
+            .datagrams
+            .iter()
+            .find(|d| d.key == identity(packet) && d.age < DATAGRAM_LIFETIME);
+        let Some(datagram) = known else {
+            return match self.is_vip(packet.dst) {
+                true => dropped(DropReason::Fragment, 0),
+                false => pass(packet),
+            };
+        };
+        let flow = &datagram.flow;
+        if packet.ttl <= 1 && flow.forward != forward::DSR {
+            return dropped(DropReason::TtlExceeded, flow.service);
+        }
+        let packet = packet.opaque();
+        let len = packet.ip_len();
+        if datagram.from_backend {
+            let (vip, client) = (flow.vip, flow.client);
+            let out = rewritten(&packet, vip, client)
+                .macs(flow.macs.1, flow.macs.0)
+                .retagged(flow.tags);
+            return Prediction {
+                verdict: Verdict::Tx,
+                frame: Some(out.build()),
+                counts: Counts::default().packet_out(flow.service, flow.backend, len),
+            };
+        }
+        let backend = &self.services[flow.service as usize - 1].backends[flow.index];
+        if flow.generation != self.generation(flow.backend) {
+            return dropped(DropReason::BackendDown, flow.service);
+        }
+        if !backend.resolved {
+            return dropped(DropReason::NoNeighbour, flow.service);
+        }
+        if exceeding(&packet, backend, flow.forward, flow.service).is_some() {
+            return dropped(DropReason::TooBig, flow.service);
+        }
+        Prediction {
+            verdict: Verdict::Tx,
+            frame: Some(self.sent_to(backend, &packet, flow, datagram.hash).build()),
+            counts: Counts::default().packet_in(flow.service, flow.backend, len),
+        }
+    }
+
+    /// An error of a router about a packet of flow `n`: of its answer on the client's side, or of
+    /// its question on the backend's side, and what must happen to it. `None`: the balancer does
+    /// not see such a one.
+    #[must_use]
+    pub fn error(
+        &self,
+        n: usize,
+        about_answer: bool,
+        error: (u8, u8, [u8; 4]),
+        (keep, ttl): (usize, u8),
+    ) -> Option<(Packet, Prediction)> {
+        let flow = &self.flows[n];
+        let family = Family::of(flow.vip.0);
+        let quote = |from: (IpAddr, u16), to: (IpAddr, u16)| {
+            let quoted = crate::packet::transport(family, flow.protocol)
+                .from(from.0, from.1)
+                .to(to.0, to.1)
+                .ttl(17)
+                .payload(*b"as much as anybody wants to know");
+            icmp_error(family, error, &quoted, keep).ttl(ttl)
+        };
+        if !about_answer {
+            if !translates(flow.forward) {
+                return None;
+            }
+            let sent = quote(flow.source, flow.destination)
+                .from(flow.destination.0, 0)
+                .to(flow.source.0, 0);
+            let counts = Counts::default().packet_out(flow.service, flow.backend, sent.ip_len());
+            let out = quote(flow.client, flow.vip)
+                .macs(flow.macs.1, flow.macs.0)
+                .from(flow.vip.0, 0)
+                .to(flow.client.0, 0)
+                .retagged(flow.tags);
+            return Some((sent, self.carried(flow, out, counts)));
+        }
+        let sent = quote(flow.vip, flow.client)
+            .from(crate::packet::STRANGER, 0)
+            .to(flow.vip.0, 0);
+        let counts = Counts::default().packet_in(flow.service, flow.backend, sent.ip_len());
+        let backend = &self.services[flow.service as usize - 1].backends[flow.index];
+        if ttl > 1 || flow.forward == forward::DSR {
+            if flow.generation != self.generation(flow.backend) {
+                return Some((sent, self.ended(DropReason::BackendDown, flow)));
+            }
+            if !backend.resolved {
+                return Some((sent, self.ended(DropReason::NoNeighbour, flow)));
+            }
+        }
+        if translates(flow.forward) {
+            let source = match flow.forward {
+                forward::DNAT => sent.src,
+                _ => flow.source.0,
+            };
+            let out = quote(flow.destination, flow.source)
+                .macs(BALANCER.mac, backend.mac)
+                .from(source, 0)
+                .to(flow.destination.0, 0)
+                .retagged(backend.tags);
+            return Some((sent, self.carried(flow, out, counts)));
+        }
+        if ttl <= 1 && flow.forward != forward::DSR {
+            return Some((sent, self.ended(DropReason::TtlExceeded, flow)));
+        }
+        let asked = crate::packet::transport(family, flow.protocol)
+            .from(flow.client.0, flow.client.1)
+            .to(flow.vip.0, flow.vip.1);
+        let out = self.sent_to(backend, &sent, flow, flow_hash(&asked));
+        let mut prediction = self.ended(DropReason::TtlExceeded, flow);
+        (prediction.verdict, prediction.frame) = (Verdict::Tx, Some(out.build()));
+        prediction.counts = Counts {
+            load: prediction.counts.load,
+            ..counts
+        };
+        Some((sent, prediction))
+    }
+
+    /// A translated error that is sent on, if it has a hop left.
+    fn carried(&self, flow: &Flow, mut out: Packet, counts: Counts) -> Prediction {
+        let mut prediction = self.ended(DropReason::TtlExceeded, flow);
+        if out.ttl > 1 {
+            out.ttl -= 1;
+            (prediction.verdict, prediction.frame) = (Verdict::Tx, Some(out.build()));
+            prediction.counts = Counts {
+                load: prediction.counts.load,
+                ..counts
+            };
+        }
+        prediction
+    }
+
+    /// The end of a packet of this flow.
+    fn ended(&self, reason: DropReason, flow: &Flow) -> Prediction {
+        let mut prediction = dropped(reason, flow.service);
+        prediction.counts.load = self
+            .load
+            .iter()
+            .filter(|(_, l)| **l != (0, 0))
+            .map(|(n, l)| (*n, *l))
+            .collect();
+        prediction
+    }
+
+    /// Anything but a later fragment.
+    fn whole(&mut self, packet: &Packet, real: &Outcome) -> Result<Prediction, String> {
         let nobody = pass(packet);
         if let Transport::Icmp { kind, code, rest } = packet.transport {
             let echo = if packet.family == Family::V4 { 8 } else { 128 };
@@ -277,13 +491,6 @@ impl Model {
             return Ok(nobody);
         }
         let ours = self.is_vip(packet.dst);
-        if packet.fragment.is_some() {
-            return Ok(if ours {
-                dropped(DropReason::Fragment, 0)
-            } else {
-                nobody
-            });
-        }
         let (from, to) = ((packet.src, packet.sport), (packet.dst, packet.dport));
         let generations = self.generations.clone();
         let of_protocol = |f: &&mut Flow| f.protocol == packet.protocol();
@@ -493,17 +700,26 @@ impl Model {
         if let Some(answer) = exceeding(packet, backend, flow.forward, flow.service) {
             return answer;
         }
+        let out = self.sent_to(backend, packet, flow, flow_hash(packet));
+        Prediction {
+            verdict: Verdict::Tx,
+            frame: Some(out.build()),
+            counts: Counts::default().packet_in(flow.service, flow.backend, packet.ip_len()),
+        }
+    }
+
+    /// A client's packet as it leaves for its backend.
+    fn sent_to(&self, backend: &Backend, packet: &Packet, flow: &Flow, hash: u32) -> Packet {
         let mut packet = packet.clone().retagged(backend.tags);
-        if packet.checksum != Checksum::Zero && packet.reads_as_partial() {
+        if is_partial(&packet) && packet.piece().is_none() {
             packet.checksum = Checksum::Right;
         }
-        let out = match flow.forward {
+        match flow.forward {
             forward::NAT | forward::DNAT => {
                 rewritten(&packet, flow.source, flow.destination).macs(BALANCER.mac, backend.mac)
             }
             forward::DSR => packet.dsr_to(backend.mac),
             mode => {
-                let hash = flow_hash(&packet);
                 let source = self.outer_source(Family::of(backend.ip), hash);
                 let mut out = if mode == forward::IPIP {
                     packet.ipip_to(source, backend.ip, backend.mac)
@@ -517,11 +733,6 @@ impl Model {
                 }
                 out
             }
-        };
-        Prediction {
-            verdict: Verdict::Tx,
-            frame: Some(out.build()),
-            counts: Counts::default().packet_in(flow.service, flow.backend, packet.ip_len()),
         }
     }
 
@@ -629,7 +840,8 @@ fn translates(mode: u8) -> bool {
 /// Whether a checksum around this packet is made from the packet's own: then it is as wrong.
 fn relies_on_inner(packet: &Packet) -> bool {
     let missing = packet.protocol() == UDP && packet.checksum == Checksum::Zero;
-    packet.options.is_empty() && packet.extensions.is_empty() && !missing
+    let plain = packet.options.is_empty() && packet.extensions.is_empty();
+    plain && packet.fragment.is_none() && !missing
 }
 
 fn is_active(state: u8) -> bool {
@@ -695,11 +907,22 @@ fn rewritten(packet: &Packet, from: (IpAddr, u16), to: (IpAddr, u16)) -> Packet 
     (out.src, out.sport) = from;
     (out.dst, out.dport) = to;
     out.ttl -= 1;
-    let missing = packet.checksum == Checksum::Zero;
-    if !missing && packet.reads_as_partial() {
-        out.checksum = Checksum::Right;
+    if packet.piece().is_none() {
+        if is_partial(packet) {
+            out.checksum = Checksum::Right;
+        }
+    } else if packet.checksum == Checksum::Partial
+        && !matches!(packet.transport, Transport::Other(_))
+    {
+        // The first of several pieces: nobody can complete it.
+        out.checksum = Checksum::Wrong(packet.partial_error());
     }
     out
+}
+
+/// Whether the checksum is to be completed.
+fn is_partial(packet: &Packet) -> bool {
+    packet.checksum != Checksum::Zero && packet.reads_as_partial()
 }
 
 fn pass(packet: &Packet) -> Prediction {
@@ -747,10 +970,10 @@ fn exceeding(packet: &Packet, backend: &Backend, mode: u8, service: u32) -> Opti
     })
 }
 
-/// TCP is told, unless it is a RST itself; UDP is dropped.
+/// TCP is told, unless it is a RST itself or comes in pieces; UDP is dropped.
 fn refused(packet: &Packet, reason: DropReason, service: u32) -> Prediction {
     let mut prediction = dropped(reason, service);
-    if packet.protocol() == TCP && !flags(packet).3 {
+    if packet.protocol() == TCP && !flags(packet).3 && packet.piece().is_none() {
         prediction.verdict = Verdict::Tx;
         prediction.frame = Some(reset_for(packet).build());
     }

@@ -488,20 +488,52 @@ impl Packet {
             size > 0 && size.is_multiple_of(8),
             "offsets count in units of eight bytes"
         );
-        let segment = self.segment();
-        let count = segment.len().div_ceil(size);
-        segment
+        let opaque = self.opaque();
+        let count = opaque.payload.len().div_ceil(size);
+        opaque
+            .payload
             .chunks(size)
             .enumerate()
             .map(|(n, chunk)| {
-                let fragment = Self {
-                    transport: Transport::Other(self.protocol()),
-                    payload: chunk.to_vec(),
-                    ..self.clone()
-                };
+                let fragment = opaque.clone().payload(chunk);
                 fragment.fragment((n * size / 8) as u16, n + 1 < count)
             })
             .collect()
+    }
+
+    /// The same packet with all that follows the IP header as bytes, which stay as they are whatever
+    /// becomes of addresses and ports.
+    #[must_use]
+    pub fn opaque(&self) -> Self {
+        Self {
+            transport: Transport::Other(self.protocol()),
+            payload: self.segment(),
+            ..self.clone()
+        }
+    }
+
+    /// Whether it is one of several pieces, and the first of them.
+    #[must_use]
+    pub fn piece(&self) -> Option<bool> {
+        self.fragment
+            .filter(|f| f.more || f.offset != 0)
+            .map(|f| f.offset == 0)
+    }
+
+    /// By how much, in ones' complement, the checksum of a sender that leaves it to its hardware
+    /// differs from the right one.
+    #[must_use]
+    pub fn partial_error(&self) -> u16 {
+        let at = match self.protocol() {
+            6 => 16,
+            17 => 6,
+            other => panic!("protocol {other} leaves nothing to the hardware"),
+        };
+        let field = |checksum| {
+            let segment = self.clone().checksum(checksum).segment();
+            u16::from_be_bytes([segment[at], segment[at + 1]])
+        };
+        add_ones_complement(field(Checksum::Partial), !field(Checksum::Right))
     }
 
     /// Adds bytes after the IP packet.

@@ -13,7 +13,7 @@ use proptest::{
     test_runner::{RngAlgorithm, TestRng, TestRunner},
 };
 use sluice_tests::{
-    harness::{Balancer, Service, TCP, UDP, service},
+    harness::{Balancer, Service, TCP, UDP, Verdict, service},
     model::Model,
     oracle,
     packet::{
@@ -66,6 +66,14 @@ enum Event {
     },
     /// The number of a flow's backend is given to another.
     Replace { flow: u16 },
+    /// A router sends an error about a packet of a flow, chosen as above.
+    Error {
+        flow: u16,
+        about_answer: bool,
+        kind: u8,
+        keep: u8,
+        ttl: u8,
+    },
     /// Time passes.
     Age,
 }
@@ -283,6 +291,10 @@ fn event() -> impl Strategy<Value = Event> {
                 Event::Backend { flow, alive, resolved, weight }
             }),
         1 => flow().prop_map(|flow| Event::Replace { flow }),
+        2 => (flow(), any::<bool>(), 0u8..4, 0u8..3, prop_oneof![9 => Just(64u8), 1 => 0u8..3])
+            .prop_map(|(flow, about_answer, kind, keep, ttl)| {
+                Event::Error { flow, about_answer, kind, keep, ttl }
+            }),
         3 => Just(Event::Age),
     ]
 }
@@ -334,7 +346,8 @@ impl Dress {
                 .extension(HOP_BY_HOP, 8)
                 .extension(DESTINATION_OPTIONS, 16),
             4 => packet.trailer([0; 6]),
-            6 => packet.fragment(9, false),
+            5 | 7 => packet.fragment(0, true),
+            6 | 8 | 9 => packet.fragment(9, false),
             _ => packet,
         };
         // A fragment's checksum covers bytes that are not here: whatever stands there will do.
@@ -378,6 +391,10 @@ fn damage(packet: &Packet, kind: u8) -> Vec<u8> {
 
 /// Two flows of a client would have met at a backend in `dnat`.
 const ANOTHER_PORT: &str = "another source port in dnat";
+/// An error that reached the end of a flow.
+const CARRIED_ERROR: &str = "a carried error";
+/// A fragment that was sent after its first one.
+const LATER_FRAGMENT: &str = "a later fragment";
 
 /// What the sequences have reached: drop reasons, verdicts, states at the end.
 type Reached = BTreeMap<String, u64>;
@@ -487,8 +504,43 @@ fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<
                 model.replace_backend(number, index);
                 continue;
             }
+            Event::Error {
+                flow,
+                about_answer,
+                kind,
+                keep,
+                ttl,
+            } => {
+                if model.is_empty() {
+                    continue;
+                }
+                let n = usize::from(*flow) % model.len();
+                let family = model.client_tuple(n).0;
+                let (header, kinds) = match family {
+                    Family::V4 => (20, [3, 3, 11, 12]),
+                    Family::V6 => (40, [1, 2, 3, 4]),
+                };
+                let error = (kinds[usize::from(*kind % 4)], *kind, [0, 0, 5, *kind]);
+                let keep = [header + 8, header + 18, 1500][usize::from(*keep % 3)];
+                let Some((sent, expected)) = model.error(n, *about_answer, error, (keep, *ttl))
+                else {
+                    continue;
+                };
+                let real = balancer.send(&sent);
+                prop_assert_eq!(real.verdict, expected.verdict, "{}", what());
+                if let Some(frame) = &expected.frame {
+                    let difference = oracle::difference(frame, &real.frame);
+                    prop_assert!(difference.is_empty(), "{}:\n{}", what(), difference);
+                }
+                prop_assert_eq!(&real.counts, &expected.counts, "the counters of {}", what());
+                if real.verdict == Verdict::Tx {
+                    reach(CARRIED_ERROR);
+                }
+                continue;
+            }
             Event::Age => {
                 balancer.age_flows(AGE);
+                balancer.age_fragments(AGE);
                 model.age(AGE);
                 continue;
             }
@@ -510,6 +562,9 @@ fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<
         }
         prop_assert_eq!(&real.counts, &expected.counts, "the counters of {}", what());
         reach(&format!("{:?}", real.verdict));
+        if packet.piece() == Some(false) && real.verdict == Verdict::Tx {
+            reach(LATER_FRAGMENT);
+        }
         real.counts.drops.keys().for_each(|reason| reach(reason));
     }
     for family in Family::BOTH {
@@ -582,7 +637,14 @@ fn the_program_does_what_the_model_does() {
     let wanted = reasons
         .iter()
         .map(|r| r.name())
-        .chain(["Tx", "Pass", "Drop", ANOTHER_PORT])
+        .chain([
+            "Tx",
+            "Pass",
+            "Drop",
+            ANOTHER_PORT,
+            LATER_FRAGMENT,
+            CARRIED_ERROR,
+        ])
         .map(str::to_owned)
         .chain(states());
     if cases >= 300 {

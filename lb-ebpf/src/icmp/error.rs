@@ -89,7 +89,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let service = flow.service;
     // RFC 1812 section 4.3.2.7, RFC 4443 section 2.4 (e): no error about an error.
     let hops = F::hops(network.header);
-    if hops <= 1 {
+    if hops <= 1 && flow.forward != forward::DSR {
         return Err(Verdict::drop(DropReason::TtlExceeded, service));
     }
     let (l2, ifindex, tags) = next_hop(flow)?;

