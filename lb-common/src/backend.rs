@@ -11,6 +11,9 @@ pub const BACKEND_RESOLVED: u8 = 1 << 0;
 /// then picks again.
 pub const BACKEND_ALIVE: u8 = 1 << 1;
 
+/// [`Backend::ifindex`] of a backend on the balancer's own host: the kernel delivers its packets.
+pub const LOCAL: u32 = 0;
+
 /// One backend of one service: an element of map `backends`, one cache line.
 ///
 /// Two services that share a server have a backend each, so counters and state never mix.
@@ -25,7 +28,7 @@ pub struct Backend {
     /// Ethernet destination and source towards the next hop: twelve bytes as they stand in the
     /// frame.
     pub l2: [u32; 3],
-    /// Interface the next hop is behind.
+    /// Interface the next hop is behind, or [`LOCAL`].
     pub ifindex: u32,
     /// Number of the service it belongs to.
     pub service: u32,

@@ -73,11 +73,13 @@ pub enum DropReason {
     ConnectTimeout = 14,
     /// The outgoing interface is not one the balancer may redirect to.
     NoInterface = 15,
+    /// For a loopback address, though it comes from another host.
+    Martian = 16,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Malformed,
         Self::Fragment,
         Self::NoBackend,
@@ -93,6 +95,7 @@ impl DropReason {
         Self::BackendDown,
         Self::ConnectTimeout,
         Self::NoInterface,
+        Self::Martian,
     ];
 
     /// The name operators see in statistics and metrics.
@@ -114,6 +117,7 @@ impl DropReason {
             Self::BackendDown => "backend_down",
             Self::ConnectTimeout => "connect_timeout",
             Self::NoInterface => "no_interface",
+            Self::Martian => "martian",
         }
     }
 }

@@ -151,6 +151,8 @@ pub trait Family: Sized {
 
     /// A packet whose destination is neither a VIP nor a NAT source.
     fn not_for_us(frame: &Frame, link: &Link, network: &Network<Self>) -> Result<Verdict, Verdict>;
+    /// Whether no packet from another host may be for an address (RFC 1122 section 3.2.1.3).
+    fn is_loopback(address: Self::Addr) -> bool;
     /// Whether an address may be a single host's, so that it can be told of an error.
     fn is_host(address: Self::Addr) -> bool;
     /// Bytes 4 to 7 of the error about a packet that is too large.
@@ -373,6 +375,11 @@ impl Family for V4 {
         Ok(Verdict::PASS)
     }
 
+    #[inline(always)]
+    fn is_loopback(address: u32) -> bool {
+        address.to_ne_bytes()[0] == 127
+    }
+
     /// RFC 1122 section 3.2.2.
     #[inline(always)]
     fn is_host(address: u32) -> bool {
@@ -443,6 +450,12 @@ impl Family for V6 {
     const TIME_EXCEEDED: u16 = u16::from_ne_bytes([3, 0]);
     // No more than the minimum MTU in all: RFC 4443 section 2.4 (c).
     const QUOTE: u32 = 1280 - (Ipv6Hdr::LEN + Icmpv4Hdr::LEN) as u32;
+
+    /// The kernel refuses them itself, whatever it has been told.
+    #[inline(always)]
+    fn is_loopback(_: [u32; 4]) -> bool {
+        false
+    }
 
     #[inline(always)]
     fn flows() -> &'static Flows<[u32; 4]> {

@@ -16,9 +16,5 @@ pub fn send<F: Family>(
     } else {
         stats::count_in(outgoing.flow.service, outgoing.flow.backend, bytes);
     }
-    if outgoing.ifindex == frame.ingress() {
-        Ok(Verdict::TRANSMIT)
-    } else {
-        Ok(Verdict::redirect(outgoing.ifindex))
-    }
+    Ok(Verdict::leave(frame, outgoing.ifindex))
 }

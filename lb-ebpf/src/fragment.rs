@@ -132,7 +132,7 @@ fn place<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         let (src, dst) = (lookup::load(&datagram.src), lookup::load(&datagram.dst));
         F::readdress(network.header, src, dst, datagram.l3_delta, hops - 1);
     }
-    link.header.write_words(0, l2);
+    rewrite::write_link(&link, l2, ifindex);
     Ok(Verdict::leave(&frame, ifindex))
 }
 

@@ -45,8 +45,9 @@ pub fn lane<F: Family>(src: F::Addr, dst: F::Addr) -> u8 {
     }
 }
 
+/// What the filter knows of one address.
 #[inline(always)]
-fn lane_of<F: Family>(address: F::Addr) -> u8 {
+pub fn lane_of<F: Family>(address: F::Addr) -> u8 {
     let (element, shift) = filter::place(filter::lane_of(address));
     maps::ADDRESS_FILTER
         .get(element)

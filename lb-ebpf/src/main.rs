@@ -19,6 +19,7 @@ mod atomic;
 mod bounds;
 mod checksum;
 mod decap;
+mod egress;
 mod family;
 mod flow;
 mod forward;
@@ -35,9 +36,14 @@ mod select;
 mod stats;
 mod verdict;
 
-use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+use aya_ebpf::{
+    bindings::xdp_action,
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
+};
 use family::{Family, V4, V6};
 use frame::Frame;
+use lb_common::stats::DropReason;
 use parse::ethernet;
 use verdict::Verdict;
 
@@ -56,6 +62,14 @@ pub fn sluice_decap(ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
+/// The answers of backends on the balancer's own host, on their way out.
+#[classifier]
+pub fn sluice_egress(ctx: TcContext) -> i32 {
+    egress::restore(ctx.skb.skb);
+    // Whatever else is there may look at it too.
+    aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
 /// The way of a packet.
 #[inline(always)]
 fn pipeline(frame: &Frame) -> Result<Verdict, Verdict> {
@@ -72,6 +86,10 @@ fn pipeline(frame: &Frame) -> Result<Verdict, Verdict> {
 #[inline(always)]
 fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verdict> {
     let network = parse::network::<F>(frame, link)?;
+    // Where servers on 127.0.0.1 are balanced, the kernel has been told to deliver these.
+    if F::is_loopback(network.dst) {
+        return Err(Verdict::drop(DropReason::Martian, 0));
+    }
     let lane = lookup::lane::<F>(network.src, network.dst);
     if lane == 0 {
         return F::not_for_us(frame, link, &network);

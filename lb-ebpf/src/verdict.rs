@@ -2,7 +2,7 @@
 
 use crate::{frame::Frame, icmp, maps, reset, stats};
 use aya_ebpf::bindings::{xdp_action, xdp_md};
-use lb_common::stats::DropReason;
+use lb_common::{backend::LOCAL, stats::DropReason};
 
 /// What becomes of a packet: an action, a drop reason, and a service or interface.
 ///
@@ -51,10 +51,12 @@ impl Verdict {
         Self(bits)
     }
 
-    /// Leaves by interface `ifindex`, whichever it came from.
+    /// Leaves by interface `ifindex`, whichever it came from, or is delivered by the kernel.
     #[inline(always)]
     pub fn leave(frame: &Frame, ifindex: u32) -> Self {
-        if ifindex == frame.ingress() {
+        if ifindex == LOCAL {
+            Self::PASS
+        } else if ifindex == frame.ingress() {
             Self::TRANSMIT
         } else {
             Self::redirect(ifindex)

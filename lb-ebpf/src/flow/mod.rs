@@ -313,8 +313,9 @@ fn back(link: &Link) -> [u32; 3] {
     ]
 }
 
+/// Notes that a packet of the flow has been seen.
 #[inline(always)]
-fn touch<A>(flow: &mut Flow<A>, now: u32) {
+pub fn touch<A>(flow: &mut Flow<A>, now: u32) {
     if ticks_since(now, flow.last_seen) >= TOUCH_INTERVAL {
         flow.last_seen = now;
     }

@@ -17,7 +17,7 @@ use crate::{
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     addr::Address,
-    backend::BACKEND_RESOLVED,
+    backend::{BACKEND_RESOLVED, LOCAL},
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
     hash,
@@ -53,6 +53,12 @@ pub fn choose<F: Family>() -> Decision {
     if exceeds(arrival.packet_len, backend, arrival.ifindex) {
         return too_big(backend.mtu, number);
     }
+    // The kernel answers a client on its own, so a local backend needs no other source.
+    let mode = if service.forward == forward::NAT && backend.ifindex == LOCAL {
+        forward::DNAT
+    } else {
+        service.forward
+    };
     work.service = number;
     work.backend = backend_number;
     // What the packet is rewritten to, reversed: what a reply will look like. Where nothing is
@@ -69,7 +75,7 @@ pub fn choose<F: Family>() -> Decision {
         if backend.port != 0 {
             work.reply_key.sport = backend.port;
         }
-        if service.forward == forward::NAT {
+        if mode == forward::NAT {
             work.reply_key.dst = lookup::address(&backend.source);
         }
     }
@@ -90,7 +96,7 @@ pub fn choose<F: Family>() -> Decision {
         l4_delta: 0,
         state: if udp { state::UDP } else { state::SYN_SENT },
         direction: DIRECTION_BACKEND,
-        forward: service.forward,
+        forward: mode,
         reserved: 0,
         reserved1: 0,
     };

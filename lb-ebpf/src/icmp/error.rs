@@ -108,7 +108,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
             work.hash = hash::flow_hash(&work.arrival.key);
             return Ok(Verdict::ENCAPSULATE);
         }
-        link.header.write_words(0, l2);
+        rewrite::write_link(&link, l2, ifindex);
         return Ok(Verdict::leave(&frame, ifindex));
     }
 
@@ -130,7 +130,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         add_to_check(icmp, outer);
     }
     F::readdress(network.header, source, destination, outer, hops - 1);
-    link.header.write_words(0, l2);
+    rewrite::write_link(&link, l2, ifindex);
     Ok(Verdict::leave(&frame, ifindex))
 }
 

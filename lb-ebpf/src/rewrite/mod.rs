@@ -15,7 +15,7 @@ use crate::{
     verdict::Verdict,
 };
 use core::mem::offset_of;
-use lb_common::{csum, service::forward, stats::DropReason};
+use lb_common::{backend::LOCAL, csum, service::forward, stats::DropReason};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 /// Rewrites the packet as the flow's forward mode says.
@@ -134,6 +134,14 @@ pub fn copy_link(to: &mut [u32; 3], from: &[u32; 3]) {
     for (i, word) in to.iter_mut().enumerate() {
         // SAFETY: one of the three words.
         *word = unsafe { first.add(i).read_volatile() };
+    }
+}
+
+/// Writes the Ethernet addresses of a next hop; what this host delivers itself keeps its own.
+#[inline(always)]
+pub fn write_link(link: &Link, l2: &[u32; 3], ifindex: u32) {
+    if ifindex != LOCAL {
+        link.header.write_words(0, l2);
     }
 }
 

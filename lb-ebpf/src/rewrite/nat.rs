@@ -1,6 +1,6 @@
 //! `nat` and `dnat`: addresses and ports are replaced, in both directions alike.
 
-use super::update_checksum;
+use super::{update_checksum, write_link};
 use crate::{
     family::Family,
     flow::Outgoing,
@@ -9,6 +9,7 @@ use crate::{
     parse::{Link, Packet},
     verdict::Verdict,
 };
+use lb_common::backend::LOCAL;
 
 /// Writes addresses, ports, hop count, checksums and the link header of `outgoing`.
 #[inline(always)]
@@ -22,7 +23,8 @@ pub fn nat<F: Family>(
     update_checksum(frame, packet, flow.service, Some(flow.l4_delta))?;
     packet.transport.write(0, flow.sport);
     packet.transport.write(2, flow.dport);
-    let hops = F::hops(packet.network.header) - 1;
+    // What this host delivers itself travels no further.
+    let hops = F::hops(packet.network.header) - u8::from(outgoing.ifindex != LOCAL);
     F::readdress(
         packet.network.header,
         lookup::load(&flow.src),
@@ -30,6 +32,6 @@ pub fn nat<F: Family>(
         flow.l3_delta,
         hops,
     );
-    link.header.write_words(0, outgoing.l2);
+    write_link(link, outgoing.l2, outgoing.ifindex);
     Ok(())
 }

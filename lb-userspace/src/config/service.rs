@@ -173,13 +173,25 @@ pub(super) fn service(
         backends.push(backend);
         backend_offsets.push(offset);
     }
+    let mode = number(&own.forward, &defaults.forward, forward::NAT);
+    if !forward::translates(mode)
+        && let Some(n) = backends.iter().position(|b| b.address.ip().is_loopback())
+    {
+        return Err(section.error(
+            backend_offsets[n],
+            format!(
+                "backend {} is a loopback address, which takes only forward nat or dnat",
+                Endpoint(backends[n].address)
+            ),
+        ));
+    }
     let health = health(&section, protocol, &backends, &own.health, &defaults.health)?;
     Ok(Placed {
         service: Service {
             name: name.to_owned(),
             listen,
             protocol,
-            forward: number(&own.forward, &defaults.forward, forward::NAT),
+            forward: mode,
             scheduler: number(&own.scheduler, &defaults.scheduler, scheduler::MAGLEV),
             on_no_backend: number(
                 &own.on_no_backend,

@@ -379,8 +379,12 @@ fn mistakes_in_a_service_name_line_object_and_remedy() {
             "7: service \"web\": backend 1: address \"10.0.0.256:80\" is not an address; write it like",
         ),
         (
-            "[[service.backend]]\nname = \"a\"\naddress = \"127.0.0.1\"",
-            "8: service \"web\": backend \"a\": address \"127.0.0.1\" is a loopback address, which is not supported yet",
+            "[[service.backend]]\nname = \"a\"\naddress = \"::1\"",
+            "8: service \"web\": backend \"a\": address \"::1\" cannot be a backend",
+        ),
+        (
+            "forward = \"dsr\"\n[[service.backend]]\naddress = \"127.0.0.1\"",
+            "8: service \"web\": backend 127.0.0.1:80 is a loopback address, which takes only forward nat or dnat",
         ),
         (
             "[[service.backend]]\naddress = \"10.0.0.1\"\nweight = 65536",

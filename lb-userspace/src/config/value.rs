@@ -156,14 +156,17 @@ pub(super) fn backend(text: &str, port: u16) -> Result<SocketAddr, String> {
             address
         }
     };
-    if address.ip().is_loopback() {
-        return Err(
-            "is a loopback address, which is not supported yet; use an address of the \
-                    backend that other hosts reach"
-                .to_owned(),
-        );
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_loopback() => {}
+        IpAddr::V6(ip) if ip.is_loopback() => {
+            return Err(
+                "cannot be a backend: the kernel takes no packet of another host to it; use \
+                 another address of this host, or 127.0.0.1 behind an IPv4 VIP"
+                    .to_owned(),
+            );
+        }
+        ip => usable(ip)?,
     }
-    usable(address.ip())?;
     Ok(canonical(address))
 }
 

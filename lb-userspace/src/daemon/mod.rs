@@ -23,6 +23,7 @@ use anyhow::{Context as _, Result};
 use lb_common::{
     abi::Settings,
     addr::{from_ipv4, from_ipv6},
+    backend::LOCAL,
     service::forward,
     stats::DropReason,
 };
@@ -179,7 +180,13 @@ impl Daemon {
             Some(Resolution::Resolved(hop)) => hop.direct,
             _ => true,
         };
+        let local = matches!(self.resolutions.get(&address), Some(Resolution::Local));
         let except = |service: &config::Service| {
+            if local && !forward::translates(service.forward) {
+                return Some(Way::Blocked(format!(
+                    "{address} is an address of this host, which takes only nat or dnat"
+                )));
+            }
             (!direct && service.forward == forward::DSR).then(|| {
                 Way::Blocked(format!(
                     "{address} is behind a gateway, and forward \"dsr\" reaches only hosts on the \
@@ -197,6 +204,16 @@ impl Daemon {
     fn judge(&self, address: IpAddr, resolution: &Resolution) -> (Way, Option<Hop>) {
         match resolution {
             Resolution::Unresolved { reason } => (Way::Blocked(reason.clone()), None),
+            Resolution::Local => (
+                Way::Open,
+                Some(Hop {
+                    destination: [0; 6],
+                    source: [0; 6],
+                    ifindex: LOCAL,
+                    address,
+                    mtu: 0,
+                }),
+            ),
             Resolution::Resolved(hop) => {
                 let ours = &self.config.daemon.interfaces;
                 if ours.contains(&hop.ifname) {
@@ -275,6 +292,10 @@ impl Daemon {
         which: impl Fn(ServiceKey) -> bool,
         removed: &[ServiceKey],
     ) -> Result<()> {
+        // Before the first packet for a local backend.
+        for name in self.config.daemon.interfaces.clone() {
+            self.serve_local(&name)?;
+        }
         let local = Arc::clone(&self.local.borrow());
         let wanted: Vec<reconcile::Service> = self
             .model
@@ -496,6 +517,7 @@ impl Daemon {
             .interfaces()?
             .into_iter()
             .find(|attached| attached.interface == name);
+        self.serve_local(name)?;
         let attached = self.dataplane.attach(name, self.config.daemon.mode)?;
         self.announce_interface(name, attached.ifindex)?;
         if was.as_ref().map(|was| (was.ifindex, was.mode))
@@ -508,6 +530,22 @@ impl Daemon {
                     attached.mode
                 ),
             }
+        }
+        Ok(())
+    }
+
+    /// Sees to it that answers of backends on this host leave by an interface with the VIP as their
+    /// source; takes the program away where there are none.
+    fn serve_local(&mut self, name: &str) -> Result<()> {
+        let mut local = self.hops.iter().filter(|(_, hop)| hop.ifindex == LOCAL);
+        let wanted = local.next().is_some();
+        if self.dataplane.set_egress(name, wanted)? {
+            let what = if wanted { "attached" } else { "detached" };
+            info!("interface {name}: egress program for backends on this host {what}");
+        }
+        let mut addresses = self.hops.keys();
+        if addresses.any(|a| a.is_ipv4() && a.is_loopback()) {
+            start::open_loopback(name)?;
         }
         Ok(())
     }

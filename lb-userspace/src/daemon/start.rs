@@ -19,6 +19,7 @@ use lb_common::{
 };
 use std::{
     collections::{HashMap, HashSet},
+    fs,
     hash::{BuildHasher as _, RandomState},
     io,
     net::{Ipv4Addr, UdpSocket},
@@ -277,6 +278,24 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
         nat_port_seed: RandomState::new().hash_one(std::process::id()) as u32,
         ..bytemuck::Zeroable::zeroed()
     })
+}
+
+/// Lets the kernel deliver packets for 127.0.0.1 that come in by interface `name`; the data plane
+/// drops those that were sent to such an address.
+///
+/// Its ARP requests would otherwise name 127.0.0.1 as the asker, whom no host answers.
+pub(super) fn open_loopback(name: &str) -> Result<()> {
+    for (setting, value) in [("route_localnet", "1"), ("arp_announce", "2")] {
+        let file = format!("/proc/sys/net/ipv4/conf/{name}/{setting}");
+        let is = fs::read_to_string(&file).with_context(|| file.clone())?;
+        if is.trim() != value {
+            fs::write(&file, value).with_context(|| {
+                format!("interface {name}: backends on 127.0.0.1 need {setting}={value}: {file}")
+            })?;
+            info!("interface {name}: {setting} set to {value} for backends on 127.0.0.1");
+        }
+    }
+    Ok(())
 }
 
 /// What the data plane must know of an interface in the network namespace of this process, which is

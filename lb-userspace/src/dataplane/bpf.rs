@@ -331,6 +331,26 @@ pub fn xdp_link_info(link: BorrowedFd<'_>) -> io::Result<Option<XdpLinkInfo>> {
     }))
 }
 
+/// The interface that a link has its program in the egress path of, 0 if that is gone; `None` if
+/// it is another kind of link.
+pub fn egress_link_interface(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    // SAFETY: bpf_link_info is integers only.
+    let info: bpf_link_info = unsafe { info(link)? };
+    // SAFETY: the type says that this variant was written.
+    Ok((info.type_ == bpf_link_type::BPF_LINK_TYPE_TCX as u32)
+        .then(|| unsafe { info.__bindgen_anon_1.tcx.ifindex }))
+}
+
+/// Puts a program of type `SCHED_CLS` into the egress path of an interface, behind those that are
+/// there, by a link. Needs Linux 6.6.
+pub fn link_egress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_ifindex = ifindex;
+    attr.link_create.attach_type = bpf_attach_type::BPF_TCX_EGRESS as u32;
+    bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
 /// Opens a program by the kernel's number for it. Needs `CAP_SYS_ADMIN`.
 pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     by_id(bpf_cmd::BPF_PROG_GET_FD_BY_ID, id)

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Map, MapData, MapError},
-    programs::{ProgramError, Xdp},
+    programs::{ProgramError, SchedClassifier, Xdp},
 };
 use lb_common::abi::{ABI_VERSION, MAGIC, Settings};
 use std::{
@@ -26,6 +26,8 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// Name of the balancer's program in the object.
 const PROGRAM: &str = "sluice_xdp";
+/// Name of the program for answers of local backends.
+const EGRESS_PROGRAM: &str = "sluice_egress";
 
 /// The data plane in the kernel.
 ///
@@ -38,6 +40,9 @@ pub struct Dataplane {
     program: OwnedFd,
     /// Links by the name of their interface.
     links: BTreeMap<String, OwnedFd>,
+    /// The program for answers of backends on this host, and where it is.
+    egress: OwnedFd,
+    egress_links: BTreeMap<String, OwnedFd>,
     pins: Option<PinDir>,
     adopted: bool,
 }
@@ -73,19 +78,21 @@ impl Dataplane {
     pub fn load_unpinned(limits: &Limits, settings: Settings) -> Result<Self> {
         check_capabilities()?;
         Object::parse(limits)?;
-        let (maps, program) = load(limits, None)?;
+        let (maps, program, egress) = load(limits, None)?;
         maps.settings.store(0, marked(settings));
         Ok(Self {
             maps,
             program,
             links: BTreeMap::new(),
+            egress,
+            egress_links: BTreeMap::new(),
             pins: None,
             adopted: false,
         })
     }
 
     fn create(pins: PinDir, limits: &Limits, settings: Settings) -> Result<Self> {
-        let (maps, program) = load(limits, None)?;
+        let (maps, program, egress) = load(limits, None)?;
         maps.settings.store(0, marked(settings));
         let pin = |name: &str, fd: BorrowedFd<'_>| {
             let path = pins.path().join(name);
@@ -107,6 +114,8 @@ impl Dataplane {
             maps,
             program,
             links: BTreeMap::new(),
+            egress,
+            egress_links: BTreeMap::new(),
             pins: Some(pins),
             adopted: false,
         })
@@ -128,7 +137,7 @@ impl Dataplane {
                 alive.push((pin, fd, info));
             }
         }
-        let (maps, program) = load(limits, Some(pins.path()))?;
+        let (maps, program, egress) = load(limits, Some(pins.path()))?;
 
         let seed = maps.settings.read(0).nat_port_seed;
         maps.settings.store(
@@ -170,6 +179,7 @@ impl Dataplane {
             bpf::pin(fd.as_fd(), &path).with_context(|| path.display().to_string())?;
         }
 
+        let egress_links = adopt_egress(&pins, contents, interfaces, egress.as_fd())?;
         pins.remove(pins::NEW_PROGRAM_PIN)?;
         let new = pins.path().join(pins::NEW_PROGRAM_PIN);
         bpf::pin(program.as_fd(), &new).with_context(|| new.display().to_string())?;
@@ -179,6 +189,8 @@ impl Dataplane {
             maps,
             program,
             links,
+            egress,
+            egress_links,
             pins: Some(pins),
             adopted: true,
         })
@@ -215,7 +227,7 @@ impl Dataplane {
                 before = Some(mode);
             }
             // The kernel allows one mode at a time.
-            self.detach(name)?;
+            self.detach_xdp(name)?;
         }
         // What cannot be found out is not held against the driver.
         let lost = attach::sends_into_the_void(ifindex).unwrap_or(false);
@@ -255,8 +267,54 @@ impl Dataplane {
         Ok(attached)
     }
 
+    /// Puts the program for answers of backends on this host on interface `name`, or takes it away;
+    /// `false` if nothing had to be done.
+    pub fn set_egress(&mut self, name: &str, wanted: bool) -> Result<bool> {
+        let pin = pins::egress_pin(name);
+        if let Some(link) = self.egress_links.get(name) {
+            let on = bpf::egress_link_interface(link.as_fd())?.unwrap_or(0);
+            if wanted && attach::interface_name(on).as_deref() == Some(name) {
+                return Ok(false);
+            }
+            if let Some(pins) = &self.pins {
+                pins.remove(&pin)?;
+            }
+            // Of a link whose interface is gone there is nothing to detach.
+            if on != 0 {
+                bpf::link_detach(link.as_fd())
+                    .with_context(|| format!("interface {name}: cannot detach"))?;
+            }
+            self.egress_links.remove(name);
+            if !wanted {
+                return Ok(true);
+            }
+        }
+        if !wanted {
+            return Ok(false);
+        }
+        let ifindex = attach::interface_index(name)?;
+        let link = bpf::link_egress(self.egress.as_fd(), ifindex).with_context(|| {
+            format!(
+                "interface {name}: cannot attach the egress program, which backends on this host \
+                 need (Linux 6.6 or later)"
+            )
+        })?;
+        if let Some(pins) = &self.pins {
+            pins.remove(&pin)?;
+            let path = pins.path().join(pin);
+            bpf::pin(link.as_fd(), &path).with_context(|| path.display().to_string())?;
+        }
+        self.egress_links.insert(name.to_owned(), link);
+        Ok(true)
+    }
+
     /// Detaches the program from interface `name`; `false` if it was not attached.
     pub fn detach(&mut self, name: &str) -> Result<bool> {
+        self.set_egress(name, false)?;
+        self.detach_xdp(name)
+    }
+
+    fn detach_xdp(&mut self, name: &str) -> Result<bool> {
         let Some(link) = self.links.remove(name) else {
             return Ok(false);
         };
@@ -307,6 +365,37 @@ impl Dataplane {
     }
 }
 
+/// Takes over the egress program's links: those on interfaces that are still configured run this
+/// program from here on, the others go.
+fn adopt_egress(
+    pins: &PinDir,
+    contents: &Contents,
+    interfaces: &[String],
+    program: BorrowedFd<'_>,
+) -> Result<BTreeMap<String, OwnedFd>> {
+    let mut links = BTreeMap::new();
+    for name in &contents.egress {
+        let pin = pins::egress_pin(name);
+        let path = pins.path().join(&pin);
+        let fd = bpf::open_pin(&path).with_context(|| path.display().to_string())?;
+        let ifindex = bpf::egress_link_interface(fd.as_fd())?
+            .ok_or_else(|| anyhow!("{}: not an egress link; remove it", path.display()))?;
+        let there = attach::interface_name(ifindex).as_ref() == Some(name);
+        if there && interfaces.contains(name) {
+            bpf::link_update(fd.as_fd(), program)
+                .with_context(|| format!("interface {name}: cannot replace the egress program"))?;
+            links.insert(name.clone(), fd);
+            continue;
+        }
+        if ifindex != 0 {
+            bpf::link_detach(fd.as_fd())
+                .with_context(|| format!("interface {name}: cannot detach"))?;
+        }
+        pins.remove(&pin)?;
+    }
+    Ok(links)
+}
+
 fn link_info(interface: &str, link: &OwnedFd) -> Result<bpf::XdpLinkInfo> {
     bpf::xdp_link_info(link.as_fd())
         .with_context(|| format!("interface {interface}: link"))?
@@ -341,8 +430,8 @@ impl Object {
     }
 }
 
-/// Loads the program, on the maps pinned in `adopt` or on new ones.
-fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd)> {
+/// Loads the balancer's program and the one for egress, on the maps pinned in `adopt` or on new ones.
+fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd, OwnedFd)> {
     let mut loader = EbpfLoader::new();
     for name in NAMES {
         if let Some(entries) = pins::max_entries(name, limits) {
@@ -354,6 +443,14 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd)> {
     }
     let mut ebpf = loader.load(OBJECT).map_err(|e| load_error(e, limits))?;
     let program = load_program(&mut ebpf, PROGRAM)?;
+    let egress: &mut SchedClassifier = ebpf
+        .program_mut(EGRESS_PROGRAM)
+        .ok_or_else(|| anyhow!("the embedded BPF object has no program \"{EGRESS_PROGRAM}\""))?
+        .try_into()?;
+    egress
+        .load()
+        .map_err(|e| program_error(EGRESS_PROGRAM, e))?;
+    let egress = egress.fd()?.as_fd().try_clone_to_owned()?;
     let maps = Maps::from_fds(|name| {
         let map = ebpf
             .take_map(name)
@@ -361,7 +458,7 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd)> {
         let fd = map_data(&map)?.fd().as_fd().try_clone_to_owned()?;
         Ok(fd)
     })?;
-    Ok((maps, program))
+    Ok((maps, program, egress))
 }
 
 /// Has the kernel verify program `name`.

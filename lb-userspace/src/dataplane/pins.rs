@@ -44,6 +44,11 @@ fn linked_interface(pin: &str) -> Option<String> {
     Some(pin.strip_prefix("link_")?.replace(':', "."))
 }
 
+/// The pin of the egress program's link on interface `name`.
+pub(super) fn egress_pin(name: &str) -> String {
+    format!("egress_{}", name.replace('.', ":"))
+}
+
 /// The pin directory, locked: no other daemon uses it while this value lives.
 #[derive(Debug)]
 pub(super) struct PinDir {
@@ -68,6 +73,8 @@ pub(super) struct Contents {
     pub maps: Vec<&'static str>,
     /// Interfaces that links are named after.
     pub links: Vec<String>,
+    /// Interfaces that links of the egress program are named after.
+    pub egress: Vec<String>,
     /// Programs.
     pub programs: Vec<String>,
 }
@@ -110,6 +117,8 @@ impl PinDir {
                 contents.maps.push(known);
             } else if let Some(interface) = linked_interface(&name) {
                 contents.links.push(interface);
+            } else if let Some(interface) = name.strip_prefix("egress_") {
+                contents.egress.push(interface.replace(':', "."));
             } else if name == PROGRAM_PIN || name == NEW_PROGRAM_PIN {
                 contents.programs.push(name.into_owned());
             } else {
@@ -302,6 +311,14 @@ pub fn detach(path: &Path) -> Result<Vec<String>> {
         }
         dir.remove(&link_pin(interface))?;
         removed.push(format!("link on {interface}"));
+    }
+    for interface in &contents.egress {
+        let pin = egress_pin(interface);
+        if let Ok(fd) = bpf::open_pin(&path.join(&pin)) {
+            let _ = bpf::link_detach(fd.as_fd());
+        }
+        dir.remove(&pin)?;
+        removed.push(format!("egress link on {interface}"));
     }
     for name in &contents.programs {
         dir.remove(name)?;

@@ -59,6 +59,8 @@ pub struct Below {
 pub enum Resolution {
     /// Packets can be sent.
     Resolved(NextHop),
+    /// It is an address of this host: the kernel delivers packets itself.
+    Local,
     /// They cannot.
     Unresolved {
         /// Why, and what to look at, in one line.

@@ -101,11 +101,7 @@ impl Table {
     ) -> Option<Resolution> {
         let way = match path {
             Path::Way(way) => way,
-            Path::Local => {
-                return unresolved(format!(
-                    "{target} is an address of this host; local backends are not supported yet"
-                ));
-            }
+            Path::Local => return Some(Resolution::Local),
             Path::NotOneHost => {
                 return unresolved(format!("{target} is a broadcast or multicast address"));
             }

@@ -757,6 +757,8 @@ fn lanes(change: Option<(u32, u64)>) -> Option<Op> {
 /// What the filter must know for replies of a backend to be seen.
 fn lane_of(mode: u8, backend: SocketAddr, source: IpAddr) -> Option<(IpAddr, u8)> {
     match mode {
+        // The backend is on this host, and answers the client itself.
+        forward::NAT if source == backend.ip() => Some((source, LANE_BACKEND)),
         forward::NAT if !source.is_unspecified() => Some((source, LANE_NAT_SOURCE)),
         forward::DNAT => Some((backend.ip(), LANE_BACKEND)),
         _ => None,

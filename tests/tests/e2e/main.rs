@@ -6,6 +6,7 @@ mod daemon;
 mod failover;
 mod flows;
 mod listeners;
+mod local;
 mod modes;
 mod nexthops;
 mod path_mtu;

@@ -8,6 +8,7 @@ mod decap_mutations;
 mod fragments;
 mod icmp;
 mod listeners;
+mod local;
 mod malformed;
 mod modes;
 mod mutations;
