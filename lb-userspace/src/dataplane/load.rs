@@ -349,7 +349,10 @@ impl Dataplane {
 
     /// The programs in the kernel.
     pub fn programs(&self) -> io::Result<Vec<bpf::ProgramInfo>> {
-        Ok(vec![bpf::program_info(self.program.as_fd())?])
+        Ok(vec![
+            bpf::program_info(self.program.as_fd())?,
+            bpf::program_info(self.egress.as_fd())?,
+        ])
     }
 
     /// The balancer's program.
