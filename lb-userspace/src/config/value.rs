@@ -314,6 +314,7 @@ mod tests {
         let parse = |text| backend(text, 80).map(|address| address.to_string());
         assert_eq!(parse("10.0.0.11").as_deref(), Ok("10.0.0.11:80"));
         assert_eq!(parse("10.0.0.11:3001").as_deref(), Ok("10.0.0.11:3001"));
+        assert_eq!(parse("127.0.0.1:3001").as_deref(), Ok("127.0.0.1:3001"));
         assert_eq!(parse("2001:db8::1").as_deref(), Ok("[2001:db8::1]:80"));
         assert_eq!(parse("[2001:db8::1]").as_deref(), Ok("[2001:db8::1]:80"));
         assert_eq!(parse("[2001:db8::1]:9").as_deref(), Ok("[2001:db8::1]:9"));
@@ -321,7 +322,6 @@ mod tests {
             "10.0.0.256:80",
             "10.0.0.1:0",
             "10.0.0.1:65536",
-            "127.0.0.1:80",
             "[::1]:80",
             "0.0.0.0:80",
             "[::]:80",

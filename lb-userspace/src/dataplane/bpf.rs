@@ -336,9 +336,11 @@ pub fn xdp_link_info(link: BorrowedFd<'_>) -> io::Result<Option<XdpLinkInfo>> {
 pub fn egress_link_interface(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     // SAFETY: bpf_link_info is integers only.
     let info: bpf_link_info = unsafe { info(link)? };
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
+        return Ok(None);
+    }
     // SAFETY: the type says that this variant was written.
-    Ok((info.type_ == bpf_link_type::BPF_LINK_TYPE_TCX as u32)
-        .then(|| unsafe { info.__bindgen_anon_1.tcx.ifindex }))
+    Ok(Some(unsafe { info.__bindgen_anon_1.tcx.ifindex }))
 }
 
 /// Puts a program of type `SCHED_CLS` into the egress path of an interface, behind those that are
