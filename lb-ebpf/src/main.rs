@@ -43,7 +43,7 @@ use aya_ebpf::{
 };
 use family::{Family, V4, V6};
 use frame::Frame;
-use lb_common::stats::DropReason;
+use lb_common::{backend::LOCAL, stats::DropReason};
 use parse::ethernet;
 use verdict::Verdict;
 
@@ -100,7 +100,10 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
         fragment::open(frame, &packet, &outgoing);
     }
     rewrite::rewrite(frame, link, &packet, &outgoing)?;
-    rewrite::tags::tag(frame, link, outgoing.tags, outgoing.flow.service)?;
+    // What the kernel delivers keeps its tags: they say which of its interfaces it came by.
+    if outgoing.ifindex != LOCAL {
+        rewrite::tags::tag(frame, link, outgoing.tags, outgoing.flow.service)?;
+    }
     forward::send(frame, &packet, &outgoing)
 }
 

@@ -210,6 +210,7 @@ impl Daemon {
                     destination: [0; 6],
                     source: [0; 6],
                     ifindex: LOCAL,
+                    tags: 0,
                     address,
                     mtu: 0,
                 }),
