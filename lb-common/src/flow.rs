@@ -108,8 +108,9 @@ pub struct Flow<A> {
     pub forward: u8,
     /// Zero.
     pub reserved: u8,
-    /// Zero.
-    pub reserved1: u32,
+    /// Bytes of the largest IP packet that the interface towards the client can send; 0 if that is
+    /// not known. Used in the backend's entry.
+    pub mtu: u32,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.

@@ -177,6 +177,8 @@ pub struct Vip {
 /// Flag: ARP requests and neighbour solicitations for this address are answered, because no
 /// kernel address would.
 pub const VIP_ANSWER_ARP: u32 = 1 << 0;
+/// Flag: an interface of this host has the address, so what is for no service may be for the host.
+pub const VIP_HELD: u32 = 1 << 1;
 
 /// Value of map `interfaces`, keyed by interface index.
 #[repr(C)]

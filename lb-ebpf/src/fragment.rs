@@ -115,7 +115,7 @@ fn place<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         if backend.flags & BACKEND_RESOLVED == 0 {
             return Err(Verdict::drop(DropReason::NoNeighbour, service));
         }
-        if flow::exceeds(bytes, backend, frame.ingress()) {
+        if flow::exceeds(bytes, backend.mtu.into(), frame.ingress()) {
             return Err(Verdict::drop(DropReason::TooBig, service));
         }
         (l2, ifindex) = (&backend.l2, backend.ifindex);

@@ -485,14 +485,7 @@ impl Balancer {
         };
         balancer.wipe();
         balancer.set("settings", 0, settings);
-        balancer.hash_insert(
-            "interfaces",
-            INGRESS,
-            service::Interface {
-                mac: BALANCER.mac,
-                mtu: MTU,
-            },
-        );
+        balancer.set_interface_mtu(INGRESS, MTU);
         let mut redirects: DevMapHash<&mut MapData> = balancer
             .map("redirects")
             .try_into()
@@ -627,6 +620,12 @@ impl Balancer {
         let none: backend::Load = bytemuck::Zeroable::zeroed();
         self.set("backend_load", number, none);
         self.last_counts = None;
+    }
+
+    /// Sets the MTU of an interface, with the balancer's MAC address.
+    pub fn set_interface_mtu(&mut self, ifindex: u32, mtu: u16) {
+        let mac = BALANCER.mac;
+        self.hash_insert("interfaces", ifindex, service::Interface { mac, mtu });
     }
 
     /// Sets the flags of a VIP.

@@ -133,12 +133,12 @@ fn layouts() -> Vec<Layout> {
         layout!("Flow_3C_u32_3E_", Flow<u32> {
             src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
             l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8, reserved1: u32,
+            state: u8, direction: u8, forward: u8, reserved: u8, mtu: u32,
         }),
         layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
             src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
             l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8, reserved1: u32,
+            state: u8, direction: u8, forward: u8, reserved: u8, mtu: u32,
         }),
         layout!("FragmentKey_3C_u32_3E_", FragmentKey<u32> {
             src: u32, dst: u32, id: u32, protocol: u32,

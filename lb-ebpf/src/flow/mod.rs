@@ -19,7 +19,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use core::mem::offset_of;
 use lb_common::{
     abi::{self, ticks_since},
-    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
     filter::{LANE_NAT_SOURCE, LANE_VIP},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
     fragment::{Datagram, FragmentKey},
@@ -164,7 +164,7 @@ pub fn follow<F: Family>(
             ));
         }
         if flow.direction == DIRECTION_BACKEND {
-            return to_client::<F>(packet, flow, now);
+            return to_client::<F>(frame, packet, flow, now);
         }
         if let Some(outgoing) = to_backend::<F>(frame, packet, &key, flow, now)? {
             return Ok(outgoing);
@@ -179,10 +179,14 @@ pub fn follow<F: Family>(
 /// A packet from the backend, on its way to the client.
 #[inline(always)]
 fn to_client<F: Family>(
+    frame: &Frame,
     packet: &Packet<F>,
     flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
+    if exceeds(packet.packet_len, flow.mtu, frame.ingress()) {
+        return Err(Verdict::too_big(flow.mtu as u16, flow.service));
+    }
     touch(flow, now);
     if packet
         .flags
@@ -231,7 +235,7 @@ fn to_backend<F: Family>(
             decision => return Err(ended(decision)),
         }
     }
-    if exceeds(packet.packet_len, backend, frame.ingress()) {
+    if exceeds(packet.packet_len, backend.mtu.into(), frame.ingress()) {
         return Err(Verdict::too_big(backend.mtu, flow.service));
     }
     touch(flow, now);
@@ -243,19 +247,25 @@ fn to_backend<F: Family>(
     }))
 }
 
-/// Whether a packet is too large for the way to a backend.
+/// Whether a packet is too large for a way of this MTU.
 ///
 /// One that is larger than the interface it came by can receive is not a packet yet: generic mode
 /// sees what a local sender leaves its interface to cut up, and sends it on like that.
 #[inline(always)]
-pub fn exceeds(packet_len: u32, backend: &Backend, ingress: u32) -> bool {
+pub fn exceeds(packet_len: u32, mtu: u32, ingress: u32) -> bool {
     // An MTU of 0 is that of a way that is not known.
-    if packet_len.wrapping_sub(1) <= u32::from(backend.mtu).wrapping_sub(1) {
+    if packet_len.wrapping_sub(1) <= mtu.wrapping_sub(1) {
         return false;
     }
+    let received = interface_mtu(ingress);
+    received == 0 || packet_len <= received
+}
+
+/// The MTU of an attached interface; 0 if it is not known.
+#[inline(always)]
+fn interface_mtu(ifindex: u32) -> u32 {
     // SAFETY: a copy of one half word.
-    let received = unsafe { maps::INTERFACES.get(ingress) }.map_or(0, |i| i.mtu);
-    received == 0 || packet_len <= u32::from(received)
+    unsafe { maps::INTERFACES.get(ifindex) }.map_or(0, |i| i.mtu.into())
 }
 
 /// The first packet of a flow.

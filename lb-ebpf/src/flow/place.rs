@@ -6,7 +6,7 @@
 use super::{
     Decision, FOLLOW, NOT_OURS,
     change::{ACTIVE, INACTIVE, count_load},
-    dropped, exceeds, refused, too_big,
+    dropped, exceeds, interface_mtu, refused, too_big,
 };
 use crate::{
     family::Family,
@@ -50,7 +50,7 @@ pub fn choose<F: Family>() -> Decision {
     if arrival.can_travel == 0 && service.forward != forward::DSR {
         return refused(DropReason::TtlExceeded, number);
     }
-    if exceeds(arrival.packet_len, backend, arrival.ifindex) {
+    if exceeds(arrival.packet_len, backend.mtu.into(), arrival.ifindex) {
         return too_big(backend.mtu, number);
     }
     // The kernel answers a client on its own, so a local backend needs no other source.
@@ -98,7 +98,7 @@ pub fn choose<F: Family>() -> Decision {
         direction: DIRECTION_BACKEND,
         forward: mode,
         reserved: 0,
-        reserved1: 0,
+        mtu: interface_mtu(arrival.ifindex),
     };
     FOLLOW
 }

@@ -9,7 +9,7 @@ use crate::{
     verdict::Verdict,
 };
 use core::mem::offset_of;
-use lb_common::{flow::FlowKey, stats::DropReason};
+use lb_common::{flow::FlowKey, service::VIP_HELD, stats::DropReason};
 use network_types::{tcp::TcpHdr, udp::UdpHdr};
 
 /// Offset of the data offset (high four bits) in the TCP header; the flags follow.
@@ -137,7 +137,11 @@ pub fn transport<F: Family>(
 /// What becomes of a packet that cannot be balanced.
 #[inline(always)]
 pub fn unsound<F: Family>(network: &Network<F>, fault: Fault) -> Verdict {
-    if lookup::vip::<F>(&network.dst).is_none() {
+    let Some(vip) = lookup::vip::<F>(&network.dst) else {
+        return Verdict::PASS;
+    };
+    // The first one may have gone to the host itself.
+    if matches!(fault, Fault::Fragment) && vip.flags & VIP_HELD != 0 {
         return Verdict::PASS;
     }
     let reason = match fault {

@@ -730,6 +730,7 @@ fn wanted(
         on_backend_down: own.on_backend_down,
         connect_timeout: own.connect_timeout.map_or(0, flows::ticks),
         answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),
+        held: local.contains(&own.vip()),
         backends: service
             .backends
             .iter()

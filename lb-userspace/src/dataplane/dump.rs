@@ -18,7 +18,7 @@ use lb_common::{
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
     names::{self, name_of},
-    service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, Vip},
+    service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, VIP_HELD, Vip},
     stats::{Counters, DropReason},
     vlan,
 };
@@ -215,7 +215,11 @@ fn macs(l2: &[u32; 3]) -> (String, String) {
 }
 
 fn vip<A: Address>(address: &A, vip: &Vip) -> Value {
-    json!({"address": ip(*address), "answer_arp": vip.flags & VIP_ANSWER_ARP != 0})
+    json!({
+        "address": ip(*address),
+        "answer_arp": vip.flags & VIP_ANSWER_ARP != 0,
+        "held": vip.flags & VIP_HELD != 0,
+    })
 }
 
 fn service_key<A: Address>(key: &ServiceKey<A>, service: &u32) -> Value {

@@ -15,7 +15,7 @@ use lb_common::{
     addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, Slot},
     filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP},
-    service::{Service as ServiceRecord, VIP_ANSWER_ARP, forward},
+    service::{Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward},
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -43,6 +43,8 @@ pub struct Service {
     pub connect_timeout: u32,
     /// Whether ARP and neighbour discovery for its VIP are answered.
     pub answer_arp: bool,
+    /// Whether an interface of this host has its VIP.
+    pub held: bool,
     /// Its backends, in the order of the configuration.
     pub backends: Vec<Backend>,
 }
@@ -676,7 +678,10 @@ impl Reconciler {
             });
         }
         let address = wanted.id.listen.ip;
-        let flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
+        let mut flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
+        if wanted.held {
+            flags |= VIP_HELD;
+        }
         let vip = self.vips.entry(address).or_insert((0, u32::MAX));
         vip.0 += u32::from(draft.is_new);
         if vip.1 != flags {

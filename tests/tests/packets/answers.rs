@@ -2,7 +2,7 @@
 
 use lb_common::stats::DropReason;
 use sluice_tests::{
-    harness::{Balancer, Counts, Expected, TCP, UDP, Verdict, service},
+    harness::{Balancer, Counts, Expected, INGRESS, MTU, TCP, UDP, Verdict, service},
     packet::{
         BACKEND_1, CLIENT, Family, Packet, VIP, error_for, reply, tcp, time_exceeded, too_big,
         transport, udp,
@@ -150,6 +150,46 @@ fn a_packet_too_large_for_the_way_to_its_backend_is_answered_with_the_mtu() {
             &Counts::default()
                 .packet_out(1, 1, back.ip_len())
                 .load(1, 1, 0),
+        );
+    }
+}
+
+/// The server learns of a narrow link to the clients that begins at the balancer.
+#[test]
+fn an_answer_too_large_for_the_interface_to_its_client_is_answered_with_the_mtu() {
+    for family in Family::BOTH {
+        let mut balancer = balancer(family, UDP);
+        balancer.set_interface_mtu(INGRESS, 1300);
+        let asked = udp(family).from(CLIENT, 40000).to(VIP, 80);
+        let port = balancer.check_new(
+            "the question",
+            &asked,
+            |port| Expected::sent(&asked.nat_to(BACKEND_1, 8080, port)),
+            &Counts::default()
+                .packet_in(1, 1, asked.ip_len())
+                .connection(1, 1)
+                .load(1, 1, 0),
+        );
+        // Test packets come by one interface: from here on it stands for the backend's.
+        balancer.set_interface_mtu(INGRESS, MTU);
+        let answer = |len: u64| {
+            let packet = reply(family, UDP, BACKEND_1, 8080, port);
+            let headers = packet.ip_len();
+            packet.payload(vec![1; (len - headers) as usize])
+        };
+        let large = answer(1301);
+        balancer.check(
+            &format!("{family:?}, too large"),
+            &large,
+            &Expected::sent(&error_for(&large, too_big(family, 1300))),
+            &Counts::default().drop(DropReason::TooBig, 1).load(1, 1, 0),
+        );
+        let fits = answer(1300);
+        balancer.check(
+            &format!("{family:?}, the largest that fits"),
+            &fits,
+            &Expected::sent(&fits.nat_back(VIP, 80, CLIENT, 40000)),
+            &Counts::default().packet_out(1, 1, 1300).load(1, 1, 0),
         );
     }
 }

@@ -168,6 +168,25 @@ fn a_fragment_before_the_first_is_counted() {
     }
 }
 
+/// The host's own traffic for an address that is a VIP too comes in fragments as any other does.
+#[test]
+fn fragments_for_a_vip_that_the_host_has_are_its_own_until_a_first_one_is_placed() {
+    use lb_common::service::VIP_HELD;
+    for family in Family::BOTH {
+        let mut balancer = balancer(family, UDP);
+        balancer.set_vip_flags(VIP.ip(family), VIP_HELD);
+        let own = udp(family).from(CLIENT, 53).to(VIP, 50000);
+        for (n, fragment) in own.payload([1; 3000]).fragments(1000).iter().enumerate() {
+            balancer.check(
+                &format!("{family:?}, fragment {n}"),
+                fragment,
+                &Expected::Passed,
+                &Counts::default(),
+            );
+        }
+    }
+}
+
 #[test]
 fn datagrams_are_told_apart() {
     for family in Family::BOTH {

@@ -158,6 +158,7 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
         on_backend_down: on_backend_down::KEEP,
         connect_timeout: 0,
         answer_arp: true,
+        held: false,
         backends: backends
             .iter()
             .map(|(host, weight)| Backend {
