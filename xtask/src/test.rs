@@ -37,9 +37,6 @@ const GRACE: Duration = Duration::from_secs(10);
 pub struct Options {
     /// Only tests whose names contain this; the name of a package, or of a file under tests/, chooses that one
     filter: Vec<String>,
-    /// Leave out the tests marked as slow (`#[ignore]`)
-    #[arg(long)]
-    quick: bool,
 }
 
 /// Runs the suite.
@@ -55,7 +52,7 @@ pub fn command(options: &Options) -> Result<()> {
     catch_signals();
     let mut all = Tally::default();
     for program in selected {
-        let outcome = run_program(program, &sluice, &filter, options.quick);
+        let outcome = run_program(program, &sluice, &filter);
         all.add(outcome.unwrap_or_else(|error| broken(&program.target, &format!("{error:#}"))));
         for leak in leftovers::clean() {
             all.failures
@@ -131,12 +128,7 @@ fn needs_root(program: &Executable) -> bool {
     program.package == ROOTS_PACKAGE && program.kind == "test"
 }
 
-fn run_program(
-    program: &Executable,
-    sluice: &Path,
-    filter: &[String],
-    quick: bool,
-) -> Result<Tally> {
+fn run_program(program: &Executable, sluice: &Path, filter: &[String]) -> Result<Tally> {
     let run = std::process::id().to_string();
     let variables: [(&str, &OsStr); 3] = [
         (leftovers::MARK, run.as_ref()),
@@ -151,9 +143,6 @@ fn run_program(
         command.envs(variables);
         command
     };
-    if !quick {
-        command.arg("--include-ignored");
-    }
     command.args(filter).current_dir(&program.folder);
     step(&format!(
         "{} {} of {}{}",

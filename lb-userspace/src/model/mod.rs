@@ -12,10 +12,7 @@ mod tests;
 pub use backend::{Admin, Backend, Inherited, Path, State};
 pub use check::{CheckResult, Code};
 
-use crate::{
-    config::{self, Listen, Ports, Protocol},
-    scheduler::Member,
-};
+use crate::config::{self, Listen, Ports, Protocol};
 use std::{
     collections::{HashMap, HashSet},
     fmt,
@@ -123,19 +120,6 @@ impl Service {
             .iter()
             .filter(|backend| backend.effective_weight() > 0)
             .count()
-    }
-
-    /// The pool as the scheduler takes it; `number` gives the backend number of an address.
-    pub fn pool(&self, number: impl Fn(SocketAddr) -> u32) -> Vec<Member> {
-        self.backends
-            .iter()
-            .map(|backend| Member {
-                identity: backend.config().address,
-                backend: number(backend.config().address),
-                weight: backend.effective_weight(),
-                configured_weight: backend.config().weight,
-            })
-            .collect()
     }
 }
 

@@ -263,18 +263,18 @@ fn a_restart_begins_with_what_was_known() {
 }
 
 #[test]
-fn the_pool_is_what_the_scheduler_takes() {
+fn only_backends_that_take_flows_have_a_weight() {
     let now = Instant::now();
     let mut model = model(now);
     model.check_result(a(), result(true), now);
     let service = &model.services()[0];
     assert_eq!(service.backends_up(), 1);
-    let pool = service.pool(|address| u32::from(address.port()) + 1);
-    let weights: Vec<(u32, u32, u32)> = pool
+    let weights: Vec<u32> = service
+        .backends
         .iter()
-        .map(|member| (member.backend, member.weight, member.configured_weight))
+        .map(Backend::effective_weight)
         .collect();
-    assert_eq!(weights, [(81, 6, 6), (81, 0, 4)]);
+    assert_eq!(weights, [6, 0]);
 }
 
 /// What rise and fall mean, said another way: the last run of equal results that was long enough
