@@ -53,6 +53,15 @@ const _: () = assert!(size_of::<Backend>() == 64 && align_of::<Backend>() == 4);
 /// One slot of a selection table: an element of map `slots`.
 ///
 /// Written with one 64-bit store, so a reader sees both numbers of the same moment.
+///
+/// In a service whose flows are not recorded ([`crate::service::SERVICE_STATELESS`]) the two
+/// numbers tell what becomes of a packet; `docs/flow-state.md` has the argument.
+///
+/// | `previous` | the slot is | a packet of a flow that is not recorded belongs to |
+/// | --- | --- | --- |
+/// | equal to `backend` | settled: no flow of it is recorded | `backend` |
+/// | another backend | changed | `previous`, unless it begins a flow |
+/// | [`NO_BACKEND`] | closing: some flows of it are recorded | `backend` |
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Slot {
@@ -64,7 +73,37 @@ pub struct Slot {
 
 const _: () = assert!(size_of::<Slot>() == 8);
 
-/// Live connections of one backend: an element of map `backend_load`.
+impl Slot {
+    /// A slot of a backend whose flows are all its own.
+    #[inline(always)]
+    #[must_use]
+    pub const fn settled(backend: u32) -> Self {
+        Self {
+            backend,
+            previous: backend,
+        }
+    }
+
+    /// Whether no flow of this slot is recorded.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_settled(self) -> bool {
+        self.backend == self.previous
+    }
+
+    /// The backend that flows belong to which are not recorded.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unrecorded(self) -> u32 {
+        if self.previous == NO_BACKEND {
+            self.backend
+        } else {
+            self.previous
+        }
+    }
+}
+
+/// Live connections of one backend, and what limits them: an element of map `backend_load`.
 ///
 /// Shared by all CPUs and changed atomically, only when a connection changes state.
 #[repr(C)]
@@ -74,8 +113,18 @@ pub struct Load {
     pub active: u64,
     /// TCP connections being opened or closed.
     pub inactive: u64,
+    /// Of both, those that neither side has begun to close: what the backend has to carry.
+    pub held: u64,
+    /// Weight in force: 0 takes no new flows.
+    pub weight: u32,
+    /// Most flows it may hold; 0: no limit.
+    pub max_connections: u32,
+    /// SYNs that were repeated because the backend did not answer.
+    pub retries: u64,
+    /// Connections that the backend reset before they were established.
+    pub resets: u64,
     /// Keeps each record in a cache line of its own.
-    pub reserved: [u64; 6],
+    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(size_of::<Load>() == 64);

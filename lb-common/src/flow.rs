@@ -57,6 +57,14 @@ pub mod state {
         state == ESTABLISHED || state == UDP
     }
 
+    /// Whether the backend has to carry the connection: it is being opened, or established, and
+    /// neither side has begun to close it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_held(state: u8) -> bool {
+        state <= ESTABLISHED
+    }
+
     /// Whether a new SYN may replace the flow. Where the backend's packets are not seen
     /// (`sees_replies` is false) the client's FIN is all there is to know of the end.
     #[inline(always)]

@@ -113,6 +113,10 @@ pub mod on_backend_down {
     pub const RESET: u8 = 1;
 }
 
+/// Flag of [`Service::flags`]: flows are not recorded, but follow the selection table, as long as
+/// their slot is settled ([`crate::backend::Slot`]).
+pub const SERVICE_STATELESS: u32 = 1 << 0;
+
 /// One service: an element of map `services`, one cache line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -120,8 +124,22 @@ pub struct Service {
     /// The selection table: first element of map `slots` in the low 32 bits, number of slots in
     /// the high 32 bits. Zero slots: no backend. Replaced with one 64-bit store.
     pub table: u64,
+    /// The table that stateless flows followed until it was replaced by one of another size,
+    /// packed likewise; 0 when no flow follows it any more.
+    pub previous_table: u64,
+    /// One slot for each backend that takes new flows, packed likewise: for schedulers that look at
+    /// the backends themselves, and where one is full.
+    pub members: u64,
+    /// Bits of a client's address that affinity goes by, network order; IPv4 in word 0.
+    pub affinity_mask: [u32; 4],
+    /// Ticks for which a client returns to its backend after its last flow; 0: no affinity.
+    pub affinity: u32,
     /// Ticks a TCP handshake may take before a repeated SYN is answered with RST; 0 for no limit.
     pub connect_timeout: u32,
+    /// New flows a second that one client address may begin; 0: no limit.
+    pub source_rate: u32,
+    /// `SERVICE_*`.
+    pub flags: u32,
     /// One of [`forward`].
     pub forward: u8,
     /// One of [`scheduler`].
@@ -131,7 +149,7 @@ pub struct Service {
     /// One of [`on_backend_down`].
     pub on_backend_down: u8,
     /// Zero.
-    pub reserved: [u32; 12],
+    pub reserved: u32,
 }
 
 const _: () = assert!(size_of::<Service>() == 64 && align_of::<Service>() == 8);
@@ -160,8 +178,11 @@ impl Service {
 pub struct Cursor {
     /// Number of flows placed so far; the next slot is this modulo the table's length.
     pub next: u64,
+    /// Number of flows of a stateless service that were about to be recorded: raised before the
+    /// flow can be found, so that whoever saw none, and this unchanged, knows that there is none.
+    pub recorded: u64,
     /// Keeps each record in a cache line of its own.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 6],
 }
 
 const _: () = assert!(size_of::<Cursor>() == 64);

@@ -71,6 +71,24 @@ fn patience(state: u8, idle: u32) -> u32 {
     }
 }
 
+/// Connections of one backend: active, inactive, held, in the order of [`Load`].
+type Counts = [i64; 3];
+
+/// The counters in [`Counts`] of a flow in `state`.
+fn counters(state: u8) -> impl Iterator<Item = usize> {
+    let held = state::is_held(state).then_some(2);
+    [usize::from(!state::is_active(state))]
+        .into_iter()
+        .chain(held)
+}
+
+fn count<A>(counts: &mut StdHashMap<u32, Counts>, flow: &Flow<A>, change: i64) {
+    let of_backend = counts.entry(flow.backend).or_default();
+    for counter in counters(flow.state) {
+        of_backend[counter] += change;
+    }
+}
+
 /// What the sweep must know of each service.
 #[derive(Clone, Debug, Default)]
 pub struct Timeouts {
@@ -131,7 +149,7 @@ pub struct Flows {
     backends: SharedArray<Backend>,
     load: SharedArray<Load>,
     /// By how much the counts of each backend were wrong in the sweep before.
-    drift: StdHashMap<u32, [i64; 2]>,
+    drift: StdHashMap<u32, Counts>,
 }
 
 impl Flows {
@@ -170,7 +188,7 @@ impl Flows {
         flows: &HashMap<FlowKey<A>, Flow<A>>,
         timeouts: &Timeouts,
         sweep: &mut Sweep,
-        counts: &mut StdHashMap<u32, [i64; 2]>,
+        counts: &mut StdHashMap<u32, Counts>,
     ) -> Result<()>
     where
         A: Address,
@@ -194,8 +212,7 @@ impl Flows {
             }
             sweep.flows += 1;
             if belongs {
-                let active = usize::from(!state::is_active(flow.state));
-                counts.entry(flow.backend).or_insert([0; 2])[active] += 1;
+                count(counts, flow, 1);
             }
             if !belongs || silent > patience(flow.state, idle.unwrap_or(0)) {
                 over.push((*key, *flow, belongs));
@@ -217,9 +234,10 @@ impl Flows {
             flows.remove(&opposite)?;
             if let Some(last) = flows.take(&key)? {
                 if belongs && self.belongs(&last) {
-                    let active = usize::from(!state::is_active(last.state));
-                    self.add(last.backend, active, -1);
-                    counts.entry(last.backend).or_insert([0; 2])[active] -= 1;
+                    for counter in counters(last.state) {
+                        self.add(last.backend, counter, -1);
+                    }
+                    count(counts, &last, -1);
                 }
                 if belongs {
                     sweep.expired += 1;
@@ -247,7 +265,7 @@ impl Flows {
 
     /// Corrects what has been wrong in two sweeps in a row. One alone proves nothing: the tables
     /// change while they are read.
-    fn correct(&mut self, counts: &StdHashMap<u32, [i64; 2]>, sweep: &mut Sweep) {
+    fn correct(&mut self, counts: &StdHashMap<u32, Counts>, sweep: &mut Sweep) {
         let mut drift = StdHashMap::new();
         for number in 1..self.load.len() {
             if self.backends.read(number).service == 0 {
@@ -258,8 +276,9 @@ impl Flows {
             let mut wrong = [
                 seen[0] - load.active.cast_signed(),
                 seen[1] - load.inactive.cast_signed(),
+                seen[2] - load.held.cast_signed(),
             ];
-            if wrong == [0; 2] {
+            if wrong == [0; 3] {
                 continue;
             }
             let before = self.drift.get(&number).copied().unwrap_or_default();
@@ -276,7 +295,7 @@ impl Flows {
         self.drift = drift;
     }
 
-    /// Adds to the active (0) or inactive (1) connections of a backend.
+    /// Adds to one of the counters of a backend, in the order of [`Load`].
     fn add(&self, backend: u32, counter: usize, change: i64) {
         self.load
             .atomic_u64(backend, counter * 8)

@@ -704,7 +704,7 @@ impl Balancer {
             scheduler: s.scheduler,
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
-            reserved: [0; 12],
+            ..bytemuck::Zeroable::zeroed()
         };
         self.set("services", number, record);
     }

@@ -58,7 +58,8 @@ fn layouts() -> Vec<Layout> {
                 gue_port: u16,
                 nat_sources4: u8,
                 nat_sources6: u8,
-                reserved: [u32; 3],
+                new_flows: u32,
+                reserved: [u32; 2],
             }
         ),
         layout!(
@@ -86,12 +87,18 @@ fn layouts() -> Vec<Layout> {
             "Service",
             Service {
                 table: u64,
+                previous_table: u64,
+                members: u64,
+                affinity_mask: [u32; 4],
+                affinity: u32,
                 connect_timeout: u32,
+                source_rate: u32,
+                flags: u32,
                 forward: u8,
                 scheduler: u8,
                 on_no_backend: u8,
                 on_backend_down: u8,
-                reserved: [u32; 12],
+                reserved: u32,
             }
         ),
         layout!(
@@ -121,7 +128,8 @@ fn layouts() -> Vec<Layout> {
             "Cursor",
             Cursor {
                 next: u64,
-                reserved: [u64; 7]
+                recorded: u64,
+                reserved: [u64; 6]
             }
         ),
         layout!("FlowKey_3C_u32_3E_", FlowKey<u32> {
@@ -159,7 +167,12 @@ fn layouts() -> Vec<Layout> {
             Load {
                 active: u64,
                 inactive: u64,
-                reserved: [u64; 6]
+                held: u64,
+                weight: u32,
+                max_connections: u32,
+                retries: u64,
+                resets: u64,
+                reserved: [u64; 2]
             }
         ),
         layout!(

@@ -124,28 +124,47 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
         }
         _ => {}
     }
+    if state::is_held(before) && !state::is_held(after) {
+        count_load(backend, HELD, u64::MAX);
+    }
+}
+
+/// Counts a new flow, or its end.
+#[inline(always)]
+pub fn count_flow(backend: u32, state: u8, change: u64) {
+    let counter = if state::is_active(state) {
+        ACTIVE
+    } else {
+        INACTIVE
+    };
+    count_load(backend, counter, change);
+    if state::is_held(state) {
+        count_load(backend, HELD, change);
+    }
 }
 
 /// Removes both entries of a flow. `counted`: its backend still counts it.
 #[inline(always)]
 fn forget<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, counted: bool) {
-    let (backend, active) = (flow.backend, state::is_active(flow.state));
+    let (backend, state) = (flow.backend, flow.state);
     let opposite = flow.opposite(key.protocol);
     let _ = F::flows().remove(&opposite);
     // Only whoever removed the client's entry counts its end.
     if F::flows().remove(key).is_ok() && counted {
-        count_load(backend, if active { ACTIVE } else { INACTIVE }, u64::MAX);
+        count_flow(backend, state, u64::MAX);
     }
 }
 
 /// Offset of the counter of active connections.
-pub const ACTIVE: usize = offset_of!(Load, active);
+const ACTIVE: usize = offset_of!(Load, active);
 /// Offset of the counter of inactive connections.
-pub const INACTIVE: usize = offset_of!(Load, inactive);
+const INACTIVE: usize = offset_of!(Load, inactive);
+/// Offset of the counter of connections that are being opened or established.
+const HELD: usize = offset_of!(Load, held);
 
 /// Adds to one counter of a backend's load; `u64::MAX` takes one away.
 #[inline(always)]
-pub fn count_load(backend: u32, counter: usize, change: u64) {
+fn count_load(backend: u32, counter: usize, change: u64) {
     if let Some(load) = maps::BACKEND_LOAD.get_ptr_mut(backend) {
         // SAFETY: a counter within the map value, aligned to 8 bytes.
         unsafe {

@@ -4,9 +4,8 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS,
-    change::{ACTIVE, INACTIVE, count_load},
-    dropped, exceeds, interface_mtu, refused, too_big,
+    Decision, FOLLOW, NOT_OURS, change::count_flow, dropped, exceeds, interface_mtu, refused,
+    too_big,
 };
 use crate::{
     family::Family,
@@ -184,7 +183,6 @@ pub fn record_client<F: Family>() -> Decision {
         return NOT_OURS;
     };
     let (number, backend_number) = (work.service, work.backend);
-    let udp = work.reply.state == state::UDP;
     work.client = work.reply;
     work.client.src = work.reply_key.dst;
     work.client.dst = work.reply_key.src;
@@ -204,7 +202,7 @@ pub fn record_client<F: Family>() -> Decision {
         }
         return dropped(DropReason::TableFull, number);
     }
-    count_load(backend_number, if udp { ACTIVE } else { INACTIVE }, 1);
+    count_flow(backend_number, work.client.state, 1);
     stats::count_connection(number, backend_number);
     FOLLOW
 }

@@ -94,11 +94,18 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "fragments6" => hash(&maps.fragments6, emit, |key, datagram| {
             fragment(key, u32::from_be(key.id), datagram)
         }),
-        "backend_load" => array(
-            &maps.backend_load,
-            emit,
-            |index, l: Load| json!({"backend": index, "active": l.active, "inactive": l.inactive}),
-        ),
+        "backend_load" => array(&maps.backend_load, emit, |index, l: Load| {
+            json!({
+                "backend": index,
+                "active": l.active,
+                "inactive": l.inactive,
+                "held": l.held,
+                "weight": l.weight,
+                "max_connections": l.max_connections,
+                "retries": l.retries,
+                "resets": l.resets,
+            })
+        }),
         "service_stats" => counters(&maps.service_stats, emit, |index, c| {
             stats("service", index, c)
         }),

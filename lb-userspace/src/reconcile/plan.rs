@@ -541,10 +541,7 @@ impl Reconciler {
         let slots: Vec<Slot> = scheduler::build(wanted.scheduler, &draft.pool)
             .map_err(|error| anyhow!("service {:?}: {error}", wanted.name))?
             .into_iter()
-            .map(|backend| Slot {
-                backend,
-                previous: backend,
-            })
+            .map(Slot::settled)
             .collect();
         let digest = digest_of(&slots);
         if held.is_some_and(|held| held.digest == digest) {
@@ -668,7 +665,7 @@ impl Reconciler {
             scheduler: wanted.scheduler,
             on_no_backend: wanted.on_no_backend,
             on_backend_down: wanted.on_backend_down,
-            reserved: [0; 12],
+            ..bytemuck::Zeroable::zeroed()
         };
         if record != held.record || draft.is_new {
             held.record = record;
