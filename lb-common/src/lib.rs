@@ -18,6 +18,7 @@ pub mod filter;
 pub mod flow;
 pub mod fragment;
 pub mod hash;
+pub mod local;
 pub mod names;
 pub mod service;
 pub mod stats;

@@ -26,6 +26,7 @@ mod forward;
 mod fragment;
 mod frame;
 mod icmp;
+mod local;
 mod lookup;
 mod maps;
 mod neighbour;

@@ -12,6 +12,7 @@ use lb_common::{
     filter,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
+    local::{LocalSettings, Peer, PeerKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::{Counters, DROP_SLOTS},
 };
@@ -66,6 +67,10 @@ pub static DROPS: PerCpuArray<u64, { DROP_SLOTS as usize }> = PerCpuArray::new()
 pub static INTERFACES: HashMap<u32, Interface, 256> = HashMap::new();
 #[btf_map(name = "redirects")]
 pub static REDIRECTS: DevMapHash<256> = DevMapHash::new();
+#[btf_map(name = "local_settings")]
+pub static LOCAL_SETTINGS: Array<LocalSettings, 1, MMAPABLE> = Array::new();
+#[btf_map(name = "local_peers")]
+pub static LOCAL_PEERS: LruHashMap<PeerKey, Peer, 32768> = LruHashMap::new();
 #[btf_map(name = "scratch")]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[btf_map(name = "work4")]

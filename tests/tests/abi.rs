@@ -7,6 +7,7 @@ use lb_common::{
     decap,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
+    local::{LocalSettings, Peer, PeerKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -186,6 +187,27 @@ fn layouts() -> Vec<Layout> {
                 drops: u64,
             }
         ),
+        layout!("LocalSettings", LocalSettings { netns_cookie: u64 }),
+        layout!(
+            "PeerKey",
+            PeerKey {
+                socket: u64,
+                addr: [u32; 4],
+                port: u16,
+                family: u8,
+                whose: u8,
+                reserved: u32,
+            }
+        ),
+        layout!(
+            "Peer",
+            Peer {
+                addr: [u32; 4],
+                backend: u32,
+                generation: u16,
+                port: u16,
+            }
+        ),
         layout!(
             "Interface",
             Interface {
@@ -198,7 +220,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 25] = [
+const MAPS: [(&str, &str, &str); 27] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -232,6 +254,8 @@ const MAPS: [(&str, &str, &str); 25] = [
     ("backend_stats", "4", "Counters"),
     ("drops", "4", "8"),
     ("interfaces", "4", "Interface"),
+    ("local_settings", "4", "LocalSettings"),
+    ("local_peers", "PeerKey", "Peer"),
     ("decap_settings", "4", "Settings"),
     ("decap_addrs4", "4", "4"),
     ("decap_addrs6", "16", "4"),

@@ -41,6 +41,8 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         "nat_sources",
         "encap_source",
         "gue_port",
+        "local_clients",
+        "cgroup",
     ])?;
     let interfaces = interfaces(&section)?;
     let mode = match section.get("mode") {
@@ -79,6 +81,21 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         None => Daemon::GUE_PORT,
         Some(entry) => entry.integer(1, u32::from(u16::MAX))? as u16,
     };
+    let local_clients = section
+        .get("local_clients")
+        .map(|entry| entry.boolean())
+        .transpose()?;
+    let cgroup = section
+        .get("cgroup")
+        .map(|entry| absolute(&entry, "/sys/fs/cgroup"))
+        .transpose()?;
+    if local_clients == Some(false)
+        && let Some(entry) = section.get("cgroup")
+    {
+        return Err(entry.error(
+            "cgroup is for clients on this host, which local_clients = false leaves alone; remove one",
+        ));
+    }
     Ok(Daemon {
         interfaces,
         mode,
@@ -90,6 +107,8 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         nat_sources,
         encap_source,
         gue_port,
+        local_clients,
+        cgroup,
     })
 }
 
@@ -284,6 +303,12 @@ impl Daemon {
     pub const SOCKET: &str = "/run/sluice/control.sock";
     /// Default of `gue_port`, the one of Linux' `fou` and of Katran.
     pub const GUE_PORT: u16 = 6080;
+
+    /// Whether the operator asks for clients on this host, so that not to serve them is an error.
+    #[must_use]
+    pub fn asks_for_local_clients(&self) -> bool {
+        self.local_clients == Some(true) || self.cgroup.is_some()
+    }
 }
 
 impl Limits {

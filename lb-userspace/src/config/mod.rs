@@ -68,6 +68,10 @@ pub struct Daemon {
     pub encap_source: EncapSource,
     /// UDP port that `gue` sends to.
     pub gue_port: u16,
+    /// Whether clients on this host are led to the services; `None`: if it can be done.
+    pub local_clients: Option<bool>,
+    /// The cgroup whose processes these clients are; `None`: all of this host.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// Networks that the outer packets of `ipip` and `gue` come from, with a hash of the flow in the host

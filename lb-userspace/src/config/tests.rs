@@ -42,6 +42,8 @@ fn the_minimal_example_has_the_documented_defaults() {
             nat_sources: Vec::new(),
             encap_source: EncapSource::default(),
             gue_port: 6080,
+            local_clients: None,
+            cgroup: None,
         },
         limits: Limits {
             flows: 1_048_576,

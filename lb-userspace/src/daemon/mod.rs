@@ -12,7 +12,7 @@ mod views;
 use crate::{
     api::Failure,
     config::{self, Config, Endpoint, Listen, Ports},
-    dataplane::Dataplane,
+    dataplane::{self, Dataplane},
     flows::{self, Flows, Sweep, Timeouts},
     health::{Checker, Target},
     model::{BackendKey, Change, CheckResult, Model, Path as Way, ServiceKey, State},
@@ -401,6 +401,7 @@ impl Daemon {
         self.reconcile_services(|_| true, &removed)?;
         self.dirty.clear();
         self.announce_settings(settings)?;
+        self.serve_clients()?;
         for name in &before.daemon.interfaces {
             if !self.config.daemon.interfaces.contains(name) {
                 self.detach(name)?;
@@ -547,6 +548,40 @@ impl Daemon {
         let mut addresses = self.hops.keys();
         if addresses.any(|a| a.is_ipv4() && a.is_loopback()) {
             start::open_loopback(name)?;
+        }
+        Ok(())
+    }
+
+    /// Leads clients on this host to the services, where that is wanted and there are services that
+    /// they can be led to.
+    fn serve_clients(&mut self) -> Result<()> {
+        let daemon = &self.config.daemon;
+        let mut services = self.config.services.iter();
+        let wanted = daemon.local_clients != Some(false)
+            && services.any(|service| forward::translates(service.forward));
+        if !wanted {
+            if self.dataplane.set_local(None)? {
+                info!("clients on this host are not led to the services any more");
+            }
+            return Ok(());
+        }
+        let cgroup = match &daemon.cgroup {
+            Some(path) => dataplane::check_cgroup(path).map(|()| path.clone()),
+            None => dataplane::root_cgroup(),
+        };
+        match cgroup.and_then(|path| Ok((self.dataplane.set_local(Some(&path))?, path))) {
+            Ok((true, path)) => info!(
+                "clients on this host are led to the services: programs attached to cgroup {}",
+                path.display()
+            ),
+            Ok((false, _)) => {}
+            Err(error) if self.config.daemon.asks_for_local_clients() => {
+                return Err(error.context("daemon.local_clients"));
+            }
+            Err(error) => warn!(
+                "clients on this host do not reach the services: {error:#}; \
+                 daemon.local_clients = false spares this message"
+            ),
         }
         Ok(())
     }

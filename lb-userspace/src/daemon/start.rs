@@ -178,6 +178,7 @@ async fn prepare(
     daemon.dirty.clear();
     daemon.warn_of_taken_ports();
     daemon.announce_settings(settings(&daemon.config.daemon)?)?;
+    daemon.serve_clients()?;
     // Last: the first packet finds everything in place.
     for name in daemon.config.daemon.interfaces.clone() {
         daemon.attach(&name)?;

@@ -5,6 +5,7 @@
 use std::{
     ffi::{CStr, CString},
     io,
+    net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -351,6 +352,56 @@ pub fn link_egress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd>
     attr.link_create.__bindgen_anon_2.target_ifindex = ifindex;
     attr.link_create.attach_type = bpf_attach_type::BPF_TCX_EGRESS as u32;
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
+/// Puts a program at a hook of a cgroup, beside those that are there, by a link. `hook`:
+/// `BPF_CGROUP_*`.
+pub fn link_cgroup(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_fd = raw(cgroup);
+    attr.link_create.attach_type = hook as u32;
+    bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
+/// The kernel's number of the cgroup that a link has its program on, 0 if that is gone; `None` if
+/// it is another kind of link.
+pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    // SAFETY: bpf_link_info is integers only.
+    let info: bpf_link_info = unsafe { info(link)? };
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
+        return Ok(None);
+    }
+    // SAFETY: the type says that this variant was written.
+    Ok(Some(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id }))
+}
+
+/// The kernel's cookie of this thread's network namespace, which is never given twice. Needs Linux
+/// 5.14.
+pub fn netns_cookie() -> io::Result<u64> {
+    // asm-generic/socket.h; libc has no name for it.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to the cookie.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 => Ok(cookie),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Opens a program by the kernel's number for it. Needs `CAP_SYS_ADMIN`.

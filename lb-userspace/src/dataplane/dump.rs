@@ -17,6 +17,7 @@ use lb_common::{
     filter,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
+    local::{PEER_VIP, Peer, PeerKey},
     names::{self, name_of},
     service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, VIP_HELD, Vip},
     stats::{Counters, DropReason},
@@ -126,6 +127,12 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
             emit,
             |index, r| json!({"ifindex": index, "name": interface_name(*index), "to": r.ifindex}),
         ),
+        "local_settings" => array(
+            &maps.local_settings,
+            emit,
+            |_, s| json!({"netns_cookie": s.netns_cookie}),
+        ),
+        "local_peers" => hash(&maps.local_peers, emit, local_peer),
         other => return Err(anyhow!("map {other} has no description")),
     };
     result.with_context(|| format!("map {name}"))
@@ -334,6 +341,27 @@ fn fragment<A: Address>(key: &FragmentKey<A>, id: u32, datagram: &Datagram<A>) -
         value["vlans"] = vlans(datagram.tags);
     }
     value
+}
+
+fn local_peer(key: &PeerKey, peer: &Peer) -> Value {
+    let known = (addr::to_ip(key.family, &key.addr), port(key.port));
+    let other = (addr::to_ip(key.family, &peer.addr), port(peer.port));
+    let asked_for_vip = key.whose == PEER_VIP;
+    let (vip, backend) = if asked_for_vip {
+        (known, other)
+    } else {
+        (other, known)
+    };
+    json!({
+        "socket": key.socket,
+        "key": if asked_for_vip { "vip" } else { "backend" },
+        "vip": vip.0,
+        "vip_port": vip.1,
+        "backend_address": backend.0,
+        "backend_port": backend.1,
+        "backend": peer.backend,
+        "generation": peer.generation,
+    })
 }
 
 fn stats(what: &str, index: u32, counters: Counters) -> Value {

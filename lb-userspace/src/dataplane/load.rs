@@ -3,6 +3,7 @@
 use super::{
     attach::{self, Attached},
     bpf,
+    local::Local,
     maps::{Maps, NAMES},
     pins::{self, Contents, Layout, PinDir},
 };
@@ -43,6 +44,8 @@ pub struct Dataplane {
     /// The program for answers of backends on this host, and where it is.
     egress: OwnedFd,
     egress_links: BTreeMap<String, OwnedFd>,
+    /// The programs for clients on this host.
+    local: Local,
     pins: Option<PinDir>,
     adopted: bool,
 }
@@ -78,7 +81,12 @@ impl Dataplane {
     pub fn load_unpinned(limits: &Limits, settings: Settings) -> Result<Self> {
         check_capabilities()?;
         Object::parse(limits)?;
-        let (maps, program, egress) = load(limits, None)?;
+        let Loaded {
+            maps,
+            program,
+            egress,
+            local,
+        } = load(limits, None)?;
         maps.settings.store(0, marked(settings));
         Ok(Self {
             maps,
@@ -86,13 +94,19 @@ impl Dataplane {
             links: BTreeMap::new(),
             egress,
             egress_links: BTreeMap::new(),
+            local,
             pins: None,
             adopted: false,
         })
     }
 
     fn create(pins: PinDir, limits: &Limits, settings: Settings) -> Result<Self> {
-        let (maps, program, egress) = load(limits, None)?;
+        let Loaded {
+            maps,
+            program,
+            egress,
+            local,
+        } = load(limits, None)?;
         maps.settings.store(0, marked(settings));
         let pin = |name: &str, fd: BorrowedFd<'_>| {
             let path = pins.path().join(name);
@@ -116,6 +130,7 @@ impl Dataplane {
             links: BTreeMap::new(),
             egress,
             egress_links: BTreeMap::new(),
+            local,
             pins: Some(pins),
             adopted: false,
         })
@@ -137,7 +152,12 @@ impl Dataplane {
                 alive.push((pin, fd, info));
             }
         }
-        let (maps, program, egress) = load(limits, Some(pins.path()))?;
+        let Loaded {
+            maps,
+            program,
+            egress,
+            mut local,
+        } = load(limits, Some(pins.path()))?;
 
         let seed = maps.settings.read(0).nat_port_seed;
         maps.settings.store(
@@ -180,6 +200,7 @@ impl Dataplane {
         }
 
         let egress_links = adopt_egress(&pins, contents, interfaces, egress.as_fd())?;
+        local.adopt(&pins, contents)?;
         pins.remove(pins::NEW_PROGRAM_PIN)?;
         let new = pins.path().join(pins::NEW_PROGRAM_PIN);
         bpf::pin(program.as_fd(), &new).with_context(|| new.display().to_string())?;
@@ -191,6 +212,7 @@ impl Dataplane {
             links,
             egress,
             egress_links,
+            local,
             pins: Some(pins),
             adopted: true,
         })
@@ -308,6 +330,14 @@ impl Dataplane {
         Ok(true)
     }
 
+    /// Leads clients on this host to backends: puts the programs for them on the cgroup at `path`,
+    /// or takes them away; `false` if nothing had to be done.
+    ///
+    /// Only sockets of this thread's network namespace are led.
+    pub fn set_local(&mut self, path: Option<&Path>) -> Result<bool> {
+        self.local.set(path, self.pins.as_ref(), &self.maps)
+    }
+
     /// Detaches the program from interface `name`; `false` if it was not attached.
     pub fn detach(&mut self, name: &str) -> Result<bool> {
         self.set_egress(name, false)?;
@@ -349,10 +379,11 @@ impl Dataplane {
 
     /// The programs in the kernel.
     pub fn programs(&self) -> io::Result<Vec<bpf::ProgramInfo>> {
-        Ok(vec![
-            bpf::program_info(self.program.as_fd())?,
-            bpf::program_info(self.egress.as_fd())?,
-        ])
+        [&self.program, &self.egress]
+            .into_iter()
+            .chain(self.local.programs())
+            .map(|program| bpf::program_info(program.as_fd()))
+            .collect()
     }
 
     /// The balancer's program.
@@ -433,8 +464,16 @@ impl Object {
     }
 }
 
-/// Loads the balancer's program and the one for egress, on the maps pinned in `adopt` or on new ones.
-fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd, OwnedFd)> {
+/// Maps and programs in the kernel, attached to nothing yet.
+struct Loaded {
+    maps: Maps,
+    program: OwnedFd,
+    egress: OwnedFd,
+    local: Local,
+}
+
+/// Loads the programs, on the maps pinned in `adopt` or on new ones.
+fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
     let mut loader = EbpfLoader::new();
     for name in NAMES {
         if let Some(entries) = pins::max_entries(name, limits) {
@@ -454,6 +493,7 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd, OwnedFd
         .load()
         .map_err(|e| program_error(EGRESS_PROGRAM, e))?;
     let egress = egress.fd()?.as_fd().try_clone_to_owned()?;
+    let local = Local::load(&mut ebpf)?;
     let maps = Maps::from_fds(|name| {
         let map = ebpf
             .take_map(name)
@@ -461,7 +501,12 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<(Maps, OwnedFd, OwnedFd
         let fd = map_data(&map)?.fd().as_fd().try_clone_to_owned()?;
         Ok(fd)
     })?;
-    Ok((maps, program, egress))
+    Ok(Loaded {
+        maps,
+        program,
+        egress,
+        local,
+    })
 }
 
 /// Has the kernel verify program `name`.
@@ -505,7 +550,7 @@ fn load_error(error: EbpfError, limits: &Limits) -> anyhow::Error {
 }
 
 /// One line for a program that the kernel refuses; the verifier's whole log goes to the trace.
-fn program_error(name: &str, error: ProgramError) -> anyhow::Error {
+pub(super) fn program_error(name: &str, error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError {
         io_error,
         verifier_log,
@@ -515,11 +560,15 @@ fn program_error(name: &str, error: ProgramError) -> anyhow::Error {
     };
     let log = verifier_log.to_string();
     tracing::debug!(log, "the verifier's log");
-    // The last line is statistics, the one before it says what was wrong.
+    // The last lines are statistics, the one before them says what was wrong.
+    let statistics = |line: &str| {
+        let words = ["processed ", "stack depth ", "verification time "];
+        words.iter().any(|word| line.starts_with(word))
+    };
     let verdict = log
         .lines()
         .rev()
-        .find(|line| !line.trim().is_empty() && !line.starts_with("processed "))
+        .find(|line| !line.trim().is_empty() && !statistics(line))
         .map(|line| format!(": {}", line.trim()))
         .unwrap_or_default();
     anyhow!(

@@ -12,6 +12,7 @@ use lb_common::{
     backend::{Backend, Load, Slot},
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
+    local::{LocalSettings, Peer, PeerKey},
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -112,6 +113,10 @@ maps! {
     interfaces: HashMap<u32, Interface>,
     /// Interfaces that packets may be sent on.
     redirects: HashMap<u32, Redirect>,
+    /// Whose sockets the programs for clients on this host serve.
+    local_settings: SharedArray<LocalSettings>,
+    /// Whom the sockets of clients on this host talk to.
+    local_peers: HashMap<PeerKey, Peer>,
 }
 
 impl Maps {

@@ -9,6 +9,7 @@ pub mod bpf;
 mod decap;
 mod dump;
 mod load;
+mod local;
 mod map;
 mod maps;
 mod pins;
@@ -19,6 +20,7 @@ pub use attach::{
 pub use decap::{Decap, Running};
 pub use dump::{dump, list};
 pub use load::{Dataplane, OBJECT};
+pub use local::{check_cgroup, root_cgroup};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
 pub use maps::{Maps, NAMES};
 pub use pins::detach;

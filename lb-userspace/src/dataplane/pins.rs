@@ -2,6 +2,7 @@
 
 use super::{
     bpf::{self, bpf_map_type},
+    local,
     maps::NAMES,
 };
 use crate::config::Limits;
@@ -49,6 +50,11 @@ pub(super) fn egress_pin(name: &str) -> String {
     format!("egress_{}", name.replace('.', ":"))
 }
 
+/// The pin of the link of the program at `hook` of a cgroup.
+pub(super) fn cgroup_pin(hook: &str) -> String {
+    format!("cgroup_{hook}")
+}
+
 /// The pin directory, locked: no other daemon uses it while this value lives.
 #[derive(Debug)]
 pub(super) struct PinDir {
@@ -75,6 +81,8 @@ pub(super) struct Contents {
     pub links: Vec<String>,
     /// Interfaces that links of the egress program are named after.
     pub egress: Vec<String>,
+    /// Hooks of a cgroup that links are named after.
+    pub cgroup: Vec<String>,
     /// Programs.
     pub programs: Vec<String>,
 }
@@ -119,6 +127,8 @@ impl PinDir {
                 contents.links.push(interface);
             } else if let Some(interface) = name.strip_prefix("egress_") {
                 contents.egress.push(interface.replace(':', "."));
+            } else if let Some(hook) = name.strip_prefix("cgroup_").filter(|h| local::is_hook(h)) {
+                contents.cgroup.push(hook.to_owned());
             } else if name == PROGRAM_PIN || name == NEW_PROGRAM_PIN {
                 contents.programs.push(name.into_owned());
             } else {
@@ -319,6 +329,14 @@ pub fn detach(path: &Path) -> Result<Vec<String>> {
         }
         dir.remove(&pin)?;
         removed.push(format!("egress link on {interface}"));
+    }
+    for hook in &contents.cgroup {
+        let pin = cgroup_pin(hook);
+        if let Ok(fd) = bpf::open_pin(&path.join(&pin)) {
+            let _ = bpf::link_detach(fd.as_fd());
+        }
+        dir.remove(&pin)?;
+        removed.push(format!("cgroup link at {hook}"));
     }
     for name in &contents.programs {
         dir.remove(name)?;

@@ -63,6 +63,8 @@ impl Pins {
             nat_sources: Vec::new(),
             encap_source: crate::config::EncapSource::default(),
             gue_port: 6080,
+            local_clients: None,
+            cgroup: None,
         }
     }
 

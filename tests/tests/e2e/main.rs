@@ -7,6 +7,7 @@ mod failover;
 mod flows;
 mod listeners;
 mod local;
+mod local_clients;
 mod modes;
 mod nexthops;
 mod path_mtu;

@@ -179,3 +179,27 @@ fn mistakes_in_outer_sources_name_line_network_and_remedy() {
         assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
+
+#[test]
+fn clients_on_this_host_are_led_unless_told_otherwise() {
+    let config = daemon("").unwrap();
+    assert_eq!(config.daemon.local_clients, None);
+    assert!(!config.daemon.asks_for_local_clients());
+    let config = daemon("cgroup = \"/sys/fs/cgroup/app\"").unwrap();
+    assert!(config.daemon.asks_for_local_clients());
+    for (line, complaint) in [
+        ("local_clients = \"yes\"", "local_clients is a string"),
+        (
+            "cgroup = \"app\"",
+            "cgroup \"app\" is not an absolute path; begin with \"/\"",
+        ),
+        (
+            "local_clients = false\ncgroup = \"/sys/fs/cgroup\"",
+            "cgroup is for clients on this host, which local_clients = false leaves alone; remove one",
+        ),
+    ] {
+        let error = daemon(line).expect_err(line);
+        assert!(error.contains(complaint), "{error}\nlacks\n{complaint}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
