@@ -75,11 +75,13 @@ pub enum DropReason {
     NoInterface = 15,
     /// For a loopback address, though it comes from another host.
     Martian = 16,
+    /// The backend would be its own client, which `dnat` cannot do.
+    Hairpin = 18,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Malformed,
         Self::Fragment,
         Self::NoBackend,
@@ -96,6 +98,7 @@ impl DropReason {
         Self::ConnectTimeout,
         Self::NoInterface,
         Self::Martian,
+        Self::Hairpin,
     ];
 
     /// The name operators see in statistics and metrics.
@@ -118,6 +121,7 @@ impl DropReason {
             Self::ConnectTimeout => "connect_timeout",
             Self::NoInterface => "no_interface",
             Self::Martian => "martian",
+            Self::Hairpin => "hairpin",
         }
     }
 }

@@ -599,6 +599,9 @@ impl Model {
         if !backend.resolved {
             return Ok(dropped(DropReason::NoNeighbour, number));
         }
+        if service.forward == forward::DNAT && backend.ip == packet.src {
+            return Ok(refused(packet, DropReason::Hairpin, number));
+        }
         if packet.ttl <= 1 && service.forward != forward::DSR {
             return Ok(expired(packet, number));
         }

@@ -46,6 +46,10 @@ pub fn choose<F: Family>() -> Decision {
     if backend.flags & BACKEND_RESOLVED == 0 {
         return dropped(DropReason::NoNeighbour, number);
     }
+    // The packet would arrive from the backend's own address, which no host takes from outside.
+    if service.forward == forward::DNAT && lookup::address::<F::Addr>(&backend.addr) == key.src {
+        return refused(DropReason::Hairpin, number);
+    }
     if arrival.can_travel == 0 && service.forward != forward::DSR {
         return refused(DropReason::TtlExceeded, number);
     }

@@ -409,6 +409,7 @@ impl Daemon {
         }
         self.watch_backends();
         self.warn_of_taken_ports();
+        self.warn_of_answers_past_us();
         Ok(())
     }
 
@@ -426,6 +427,36 @@ impl Daemon {
                     "service {}: {} takes the answers to connections that this host makes from {ip}; \
                      listen on an address of its own, or on ports outside {first}-{last}",
                     service.name, service.listen
+                );
+            }
+        }
+    }
+
+    /// Warns of services in `dnat` whose backends would answer clients in their own network past the
+    /// balancer.
+    fn warn_of_answers_past_us(&self) {
+        let Ok(networks) = neigh::networks() else {
+            return;
+        };
+        for service in &self.config.services {
+            if service.forward != forward::DNAT {
+                continue;
+            }
+            let vip = service.vip();
+            let shared = service.backends.iter().find_map(|backend| {
+                let ip = backend.address.ip();
+                // This host's own answers pass it in any case.
+                let own = networks.iter().any(|n| n.address == ip);
+                let mut networks = networks.iter().filter(|_| !own);
+                let network = networks.find(|n| n.contains(vip) && n.contains(ip))?;
+                Some((backend, network))
+            });
+            if let Some((backend, network)) = shared {
+                warn!(
+                    "service {}: backend {} and the VIP are both in {network}: in forward \"dnat\" \
+                     clients there are answered past the balancer and get no connection; use \
+                     \"nat\" if there are any",
+                    service.name, backend.name
                 );
             }
         }

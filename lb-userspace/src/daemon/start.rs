@@ -177,6 +177,7 @@ async fn prepare(
     daemon.reconcile_services(|_| true, &removed)?;
     daemon.dirty.clear();
     daemon.warn_of_taken_ports();
+    daemon.warn_of_answers_past_us();
     daemon.announce_settings(settings(&daemon.config.daemon)?)?;
     daemon.serve_clients()?;
     // Last: the first packet finds everything in place.

@@ -6,6 +6,7 @@
 //! an answer changes. See `docs/neighbours.md`.
 
 mod kernel;
+mod networks;
 mod ports;
 mod table;
 mod worker;
@@ -19,6 +20,7 @@ use std::{collections::HashSet, io, net::IpAddr, sync::Arc};
 
 use tokio::sync::{mpsc, watch};
 
+pub use self::networks::{Network, networks};
 pub use self::ports::{ephemeral_port_range, nat_port_range};
 
 /// How packets reach a target.

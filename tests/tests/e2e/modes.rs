@@ -456,3 +456,59 @@ fn dnat_balances_udp() {
         assert_eq!(seen.into_values().collect::<Vec<_>>(), [20, 20], "{vip}");
     }
 }
+
+#[test]
+fn a_backend_in_dnat_is_not_led_to_itself_and_the_daemon_warns_of_short_cuts() {
+    let net = Topology::new(Options {
+        backends: 1,
+        ..Options::default()
+    });
+    net.nginx("b1");
+    // On the segment of the backend and of the client.
+    let vip = SocketAddr::new(Ipv4Addr::new(198, 18, 0, 80).into(), 80);
+    let text = net.daemon_section()
+        + &format!(
+            "[[service]]\nname = \"short\"\nlisten = \"{vip}\"\nforward = \"dnat\"\n\
+             [[service.backend]]\nname = \"own\"\naddress = \"{}:8080\"\n",
+            net.v4("b1")
+        );
+    net.daemon(&net.config("sluice.toml", &text));
+    net.wait_backends_up(None, 1);
+    let log = net.log("sluice");
+    let warning = "service short: backend own and the VIP are both in 198.18.0.0/24";
+    assert!(log.contains(warning), "{log}");
+    let asked = net.curl("b1", &["-m", "5", &url(vip.ip(), 80, "/")]);
+    assert_eq!(asked.code, 7, "refused at once: {}", asked.report());
+    let drops = net.json(&["stats", "--drops"]);
+    let counted = drops.as_array().expect("a listing").iter();
+    let counted: Vec<_> = counted.filter(|d| d["reason"] == "hairpin").collect();
+    assert!(
+        counted.len() == 1 && counted[0]["packets"].as_u64() > Some(0),
+        "{drops:#}"
+    );
+}
+
+#[test]
+fn a_backend_may_be_a_client_of_its_own_service_in_nat() {
+    let (net, _) = serve(
+        "nat",
+        Options {
+            backends: 2,
+            ..Options::default()
+        },
+    );
+    for vip in [IpAddr::from(VIP4), IpAddr::from(VIP6)] {
+        let routed = match vip {
+            IpAddr::V4(_) => ["route", "add", "203.0.113.0/24", "dev", "eth0"].as_slice(),
+            IpAddr::V6(_) => &["route", "add", "2001:db8:80::/64", "dev", "eth0"],
+        };
+        ip(&net, "b1", routed);
+        let page = url(vip, 80, "/");
+        let mut answers: BTreeMap<String, u32> = BTreeMap::new();
+        for _ in 0..4 {
+            *answers.entry(net.curl("b1", &[&page]).ok()).or_default() += 1;
+        }
+        let even = BTreeMap::from([("b1\n".to_owned(), 2), ("b2\n".to_owned(), 2)]);
+        assert_eq!(answers, even, "{vip}");
+    }
+}

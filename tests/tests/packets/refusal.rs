@@ -1,8 +1,11 @@
 //! Packets that cannot be forwarded: dropped, refused with RST or passed, always counted.
 
-use lb_common::{service::on_no_backend, stats::DropReason};
+use lb_common::{
+    service::{forward, on_no_backend},
+    stats::DropReason,
+};
 use sluice_tests::{
-    harness::{Balancer, Counts, Expected, TCP, UDP, service},
+    harness::{Balancer, Counts, Expected, TCP, UDP, Verdict, service},
     packet::{
         BACKEND_1, BACKEND_2, CLIENT, CLIENT_2, DESTINATION_OPTIONS, Family, Packet, VIP,
         reset_for, tcp, udp,
@@ -86,6 +89,37 @@ fn a_rst_is_never_answered() {
                 &Expected::Dropped,
                 &Counts::default().drop(DropReason::NoFlow, 1),
             );
+        }
+    }
+}
+
+#[test]
+fn a_backend_is_not_led_to_itself_in_dnat() {
+    for family in Family::BOTH {
+        for (protocol, mode, led) in [
+            (TCP, forward::DNAT, false),
+            (UDP, forward::DNAT, false),
+            (TCP, forward::NAT, true),
+        ] {
+            let service = service(family, protocol, VIP, 80).forward(mode);
+            let mut balancer = Balancer::new(vec![service.backend(BACKEND_1, 8080, 1)]);
+            let sent = match protocol {
+                TCP => tcp(family).syn(),
+                _ => udp(family),
+            };
+            let sent = sent.from(BACKEND_1, 40000).to(VIP, 80);
+            if led {
+                let verdict = balancer.send(&sent).verdict;
+                assert_eq!(verdict, Verdict::Tx, "nat hides who asks");
+                continue;
+            }
+            let expected = match protocol {
+                TCP => Expected::sent(&reset_for(&sent)),
+                _ => Expected::Dropped,
+            };
+            let counts = Counts::default().drop(DropReason::Hairpin, 1);
+            balancer.check("from the backend itself", &sent, &expected, &counts);
+            assert!(balancer.flows(family).is_empty());
         }
     }
 }
