@@ -19,6 +19,9 @@ pub const LANE_VIP: u8 = 1 << 0;
 pub const LANE_NAT_SOURCE: u8 = 1 << 1;
 /// Lane bit: a service may take every port of the address ([`crate::service::ANY_PORT`]).
 pub const LANE_ANY_PORT: u8 = 1 << 2;
+/// Lane bit: a service of the address may be stateless
+/// ([`crate::service::SERVICE_STATELESS`]).
+pub const LANE_STATELESS: u8 = 1 << 4;
 /// Lane bit: the address may be a backend whose replies to clients come through here (`dnat`).
 /// Asked of a packet's source.
 pub const LANE_BACKEND: u8 = 1 << 3;

@@ -65,6 +65,21 @@ pub mod state {
         state <= ESTABLISHED
     }
 
+    /// The state of a TCP flow that is first seen in the middle, by the flags of a client's packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_unknown(flags: u8) -> u8 {
+        const FIN: u8 = 1 << 0;
+        const RST: u8 = 1 << 2;
+        if flags & RST != 0 {
+            CLOSED
+        } else if flags & FIN != 0 {
+            FIN_CLIENT
+        } else {
+            ESTABLISHED
+        }
+    }
+
     /// Whether a new SYN may replace the flow. Where the backend's packets are not seen
     /// (`sees_replies` is false) the client's FIN is all there is to know of the end.
     #[inline(always)]

@@ -92,6 +92,13 @@ pub mod scheduler {
     pub const ROUND_ROBIN: u8 = 1;
     /// Slot by hash of the client address in a Maglev table.
     pub const SOURCE_HASH: u8 = 2;
+
+    /// Whether the packets of a flow alone tell its slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn hashes(scheduler: u8) -> bool {
+        matches!(scheduler, MAGLEV | SOURCE_HASH)
+    }
 }
 
 /// What a new flow meets when no backend can take it; names in [`crate::names::ON_NO_BACKEND`].
@@ -159,6 +166,15 @@ impl Service {
     #[must_use]
     pub const fn pack_table(first: u32, slots: u32) -> u64 {
         (slots as u64) << 32 | first as u64
+    }
+
+    /// First slot and number of slots of the selection table, both of the same moment.
+    #[inline(always)]
+    #[must_use]
+    pub fn table(&self) -> (u32, u32) {
+        // SAFETY: a field of ours. Volatile, because the daemon replaces it while packets come.
+        let table = unsafe { (&raw const self.table).read_volatile() };
+        Self::unpack_table(table)
     }
 
     /// First slot and number of slots.

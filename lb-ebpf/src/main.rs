@@ -34,6 +34,7 @@ mod parse;
 mod reset;
 mod rewrite;
 mod select;
+mod stateless;
 mod stats;
 mod verdict;
 
@@ -44,7 +45,7 @@ use aya_ebpf::{
 };
 use family::{Family, V4, V6};
 use frame::Frame;
-use lb_common::{backend::LOCAL, stats::DropReason};
+use lb_common::{backend::LOCAL, filter::LANE_STATELESS, stats::DropReason};
 use parse::ethernet;
 use verdict::Verdict;
 
@@ -96,6 +97,11 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
         return F::not_for_us(frame, link, &network);
     }
     let packet = parse::transport::<F>(frame, link, network)?;
+    if lane & LANE_STATELESS != 0
+        && let Some(verdict) = stateless::forward(frame, link, &packet, lane)?
+    {
+        return Ok(verdict);
+    }
     let outgoing = flow::follow(frame, link, &packet, lane)?;
     if packet.first_fragment {
         fragment::open(frame, &packet, &outgoing);

@@ -3,7 +3,7 @@
 use crate::{atomic, maps};
 use lb_common::{
     addr::Address,
-    backend::{Backend, NO_BACKEND},
+    backend::{Backend, NO_BACKEND, Slot},
     flow::FlowKey,
     hash,
     service::{Service, scheduler},
@@ -16,9 +16,7 @@ pub fn backend<A: Address>(
     service: &Service,
     key: &FlowKey<A>,
 ) -> Option<(u32, &'static Backend)> {
-    // SAFETY: a live map value; the daemon replaces it with one 64-bit store.
-    let table = unsafe { (&raw const service.table).read_volatile() };
-    let (first, slots) = Service::unpack_table(table);
+    let (first, slots) = service.table();
     if slots == 0 {
         return None;
     }
@@ -27,11 +25,23 @@ pub fn backend<A: Address>(
         scheduler::SOURCE_HASH => hash::slot_of(hash::source_hash(key.src), slots),
         _ => hash::slot_of(hash::flow_hash(key), slots),
     };
-    let backend = maps::SLOTS.get(first.wrapping_add(slot))?.backend;
+    let backend = self::slot(first.wrapping_add(slot))?.backend;
     if backend == NO_BACKEND {
         return None;
     }
     Some((backend, maps::BACKENDS.get(backend)?))
+}
+
+/// One slot, both numbers of the same moment.
+#[inline(always)]
+pub fn slot(number: u32) -> Option<Slot> {
+    let slot = maps::SLOTS.get_ptr_mut(number)?;
+    // SAFETY: a map value of 8 bytes, aligned to them; written with one 64-bit store.
+    let word = unsafe { slot.cast::<u64>().read_volatile() };
+    Some(Slot {
+        backend: word as u32,
+        previous: (word >> 32) as u32,
+    })
 }
 
 /// One sequence for all CPUs: the weights hold for the balancer, not for each of its CPUs.

@@ -5,17 +5,21 @@
 //! long as their state allows, and the second entry of flows whose first was evicted, and
 //! compares the number of flows it saw with the number the data plane counts.
 
-use crate::dataplane::{HashMap, Maps, SharedArray};
+use crate::{
+    dataplane::{HashMap, Maps, SharedArray},
+    reconcile::{Settling, Table},
+};
 use anyhow::Result;
 use lb_common::{
     abi::ticks_since,
     addr::{Address, to_ip},
-    backend::{Backend, Load},
+    backend::{Backend, Load, NO_BACKEND, Slot},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
-    service::forward,
+    hash,
+    service::{Cursor, forward},
 };
 use std::{
-    collections::HashMap as StdHashMap,
+    collections::{HashMap as StdHashMap, HashSet},
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     sync::atomic::Ordering,
@@ -89,12 +93,40 @@ fn count<A>(counts: &mut StdHashMap<u32, Counts>, flow: &Flow<A>, change: i64) {
     }
 }
 
+/// Longest time that the data plane takes from announcing that it records a flow to having done so.
+const RECORDING: Duration = Duration::from_millis(5);
+
+/// What a sweep finds of the table of a stateless service.
+struct Look {
+    table: Table,
+    /// Flows that were announced before the sweep.
+    recorded: u64,
+    /// Slots that were closing then.
+    closing: Vec<u32>,
+    /// Slots that have a flow with another backend than theirs.
+    strangers: HashSet<u32>,
+}
+
+impl Look {
+    /// The place of a flow's slot in the table.
+    fn place<A: Address>(&self, key: &FlowKey<A>) -> u32 {
+        let hash = if self.table.by_source {
+            hash::source_hash(key.src)
+        } else {
+            hash::flow_hash(key)
+        };
+        hash::slot_of(hash, self.table.len)
+    }
+}
+
 /// What the sweep must know of each service.
 #[derive(Clone, Debug, Default)]
 pub struct Timeouts {
     /// Ticks an established flow may be silent, by service number; flows of others have no service
     /// any more and are removed.
     pub idle: StdHashMap<u32, u32>,
+    /// The tables of stateless services, by service number.
+    pub stateless: StdHashMap<u32, Table>,
 }
 
 /// What a sweep found.
@@ -108,6 +140,8 @@ pub struct Sweep {
     pub orphans: u64,
     /// Connections by which the counts were wrong, and are not any more.
     pub drift: u64,
+    /// What the flows say of the tables of stateless services, by their numbers.
+    pub settling: StdHashMap<u32, Settling>,
 }
 
 /// A client's flow as an operator sees it.
@@ -148,6 +182,8 @@ pub struct Flows {
     flows6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
     backends: SharedArray<Backend>,
     load: SharedArray<Load>,
+    slots: SharedArray<Slot>,
+    cursors: SharedArray<Cursor>,
     /// By how much the counts of each backend were wrong in the sweep before.
     drift: StdHashMap<u32, Counts>,
 }
@@ -164,6 +200,8 @@ impl Flows {
             flows6: HashMap::from_fd(maps.flows6.as_fd().try_clone_to_owned()?)?,
             backends: SharedArray::from_fd(maps.backends.as_fd().try_clone_to_owned()?)?,
             load: SharedArray::from_fd(maps.backend_load.as_fd().try_clone_to_owned()?)?,
+            slots: SharedArray::from_fd(maps.slots.as_fd().try_clone_to_owned()?)?,
+            cursors: SharedArray::from_fd(maps.cursors.as_fd().try_clone_to_owned()?)?,
             drift: StdHashMap::new(),
         })
     }
@@ -177,9 +215,17 @@ impl Flows {
     pub fn sweep(&mut self, timeouts: &Timeouts) -> Result<Sweep> {
         let mut sweep = Sweep::default();
         let mut counts = StdHashMap::new();
-        self.sweep_table(&self.flows4, timeouts, &mut sweep, &mut counts)?;
-        self.sweep_table(&self.flows6, timeouts, &mut sweep, &mut counts)?;
+        let mut looks = self.looks(timeouts);
+        if looks.values().any(|look| !look.closing.is_empty()) {
+            // A flow whose recording had begun can be found when this is over.
+            std::thread::sleep(RECORDING);
+        }
+        self.sweep_table(&self.flows4, timeouts, &mut sweep, &mut counts, &mut looks)?;
+        self.sweep_table(&self.flows6, timeouts, &mut sweep, &mut counts, &mut looks)?;
         self.correct(&counts, &mut sweep);
+        for (number, look) in looks {
+            sweep.settling.insert(number, self.settling(number, look));
+        }
         Ok(sweep)
     }
 
@@ -189,6 +235,7 @@ impl Flows {
         timeouts: &Timeouts,
         sweep: &mut Sweep,
         counts: &mut StdHashMap<u32, Counts>,
+        looks: &mut StdHashMap<u32, Look>,
     ) -> Result<()>
     where
         A: Address,
@@ -213,6 +260,12 @@ impl Flows {
             sweep.flows += 1;
             if belongs {
                 count(counts, flow, 1);
+                if let Some(look) = looks.get_mut(&flow.service) {
+                    let place = look.place(key);
+                    if self.slot(look.table.first + place).backend != flow.backend {
+                        look.strangers.insert(place);
+                    }
+                }
             }
             if !belongs || silent > patience(flow.state, idle.unwrap_or(0)) {
                 over.push((*key, *flow, belongs));
@@ -252,6 +305,52 @@ impl Flows {
             }
         }
         Ok(())
+    }
+
+    /// The tables of stateless services before a sweep.
+    fn looks(&self, timeouts: &Timeouts) -> StdHashMap<u32, Look> {
+        let of_table = |(number, table): (&u32, &Table)| {
+            let is_closing = |place: &u32| {
+                let slot = self.slot(table.first + place);
+                slot.previous == NO_BACKEND && slot.backend != NO_BACKEND
+            };
+            let look = Look {
+                table: *table,
+                recorded: self.recorded(*number),
+                closing: (0..table.len).filter(is_closing).collect(),
+                strangers: HashSet::new(),
+            };
+            (*number, look)
+        };
+        timeouts.stateless.iter().map(of_table).collect()
+    }
+
+    /// What a sweep has shown of a table.
+    fn settling(&self, number: u32, look: Look) -> Settling {
+        let is_settled = |place: &u32| self.slot(look.table.first + place).is_settled();
+        let strayed = look.strangers.iter().copied().filter(is_settled).collect();
+        let mut settled = look.closing;
+        // One more may have come behind the sweep's back: another time, then.
+        if self.recorded(number) != look.recorded {
+            settled.clear();
+        }
+        settled.retain(|place| !look.strangers.contains(place));
+        Settling {
+            version: look.table.version,
+            settled,
+            strayed,
+        }
+    }
+
+    fn slot(&self, number: u32) -> Slot {
+        self.slots.read(number)
+    }
+
+    fn recorded(&self, service: u32) -> u64 {
+        let offset = std::mem::offset_of!(Cursor, recorded);
+        self.cursors
+            .atomic_u64(service, offset)
+            .load(Ordering::Acquire)
     }
 
     /// Whether the flow's backend is still the one it was placed on.

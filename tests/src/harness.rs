@@ -14,7 +14,9 @@ use aya::{
 };
 use lb_common::{
     abi, addr, backend,
-    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP, lane_of, place},
+    filter::{
+        LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP, lane_of, place,
+    },
     flow, fragment, service,
     stats::{Counters, DropReason},
 };
@@ -78,6 +80,15 @@ pub struct Backend {
     pub tags: u32,
 }
 
+/// What happened to every slot of a stateless service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Previous {
+    /// It belonged to this backend until a moment ago.
+    Backend(usize),
+    /// Long ago, but there are recorded flows.
+    Closing,
+}
+
 /// A service to be put into the maps.
 #[derive(Clone, Debug)]
 pub struct Service {
@@ -99,6 +110,11 @@ pub struct Service {
     pub on_backend_down: u8,
     /// Ticks a handshake may take; 0: no limit.
     pub connect_timeout: u32,
+    /// Whether flows are recorded only where a slot is not settled.
+    pub stateless: bool,
+    /// What each slot's other number is: which backend, of what the slot has now; `None`: it is settled. Of a
+    /// stateless service.
+    pub previous: Option<Previous>,
     /// Backends.
     pub backends: Vec<Backend>,
 }
@@ -116,6 +132,8 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
         on_no_backend: service::on_no_backend::RESET,
         on_backend_down: service::on_backend_down::KEEP,
         connect_timeout: 0,
+        stateless: false,
+        previous: None,
         backends: Vec::new(),
     }
 }
@@ -126,6 +144,13 @@ impl Service {
     pub fn until(mut self, last: u16) -> Self {
         self.last_port = last;
         self
+    }
+
+    /// Follows the selection table, by hash.
+    #[must_use]
+    pub fn stateless(mut self) -> Self {
+        self.stateless = true;
+        self.scheduler(service::scheduler::MAGLEV)
     }
 
     /// Sets the forward mode.
@@ -587,6 +612,9 @@ impl Balancer {
         if service.port == 0 {
             self.mark(service.vip, LANE_ANY_PORT);
         }
+        if service.stateless {
+            self.mark(service.vip, LANE_STATELESS);
+        }
         if service.forward == service::forward::DNAT {
             for backend in &service.backends {
                 self.mark(backend.ip, LANE_BACKEND);
@@ -693,7 +721,11 @@ impl Balancer {
                 first + i as u32,
                 backend::Slot {
                     backend,
-                    previous: backend,
+                    previous: match s.previous {
+                        None => backend,
+                        Some(Previous::Closing) => backend::NO_BACKEND,
+                        Some(Previous::Backend(index)) => self.backend_number(number, index),
+                    },
                 },
             );
         }
@@ -704,6 +736,11 @@ impl Balancer {
             scheduler: s.scheduler,
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
+            flags: if s.stateless {
+                service::SERVICE_STATELESS
+            } else {
+                0
+            },
             ..bytemuck::Zeroable::zeroed()
         };
         self.set("services", number, record);

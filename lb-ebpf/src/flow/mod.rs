@@ -77,6 +77,8 @@ pub struct Work<A> {
     pub hash: u32,
     /// VLAN tags that a packet leaves with whose link header a subprogram has written.
     pub tags: u32,
+    /// 1 if a new flow is to be recorded.
+    pub recording: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,

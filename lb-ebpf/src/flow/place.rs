@@ -8,19 +8,20 @@ use super::{
     too_big,
 };
 use crate::{
+    atomic,
     family::Family,
     lookup, maps,
     parse::{TcpFlags, protocol},
-    select, stats,
+    select, stateless, stats,
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     addr::Address,
-    backend::{BACKEND_RESOLVED, LOCAL},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, LOCAL, NO_BACKEND},
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
     hash,
-    service::{Service, forward, on_no_backend},
+    service::{SERVICE_STATELESS, Service, forward, on_backend_down, on_no_backend},
     stats::DropReason,
 };
 
@@ -37,10 +38,34 @@ pub fn choose<F: Family>() -> Decision {
     let Some((number, service)) = found else {
         return NOT_OURS;
     };
-    if !udp && !TcpFlags(arrival.flags).opens() {
+    let opens = TcpFlags(arrival.flags).opens();
+    let stateless = service.flags & SERVICE_STATELESS != 0;
+    if !udp && !opens && !stateless {
         return refused(DropReason::NoFlow, number);
     }
-    let Some((backend_number, backend)) = select::backend(number, service, key) else {
+    work.recording = 1;
+    let selected = if stateless {
+        let owners = stateless::owners(service, key);
+        // A UDP packet may begin a flow or belong to one: it is taken for the latter.
+        let old = if opens {
+            owners.new
+        } else {
+            old_owner(service, &owners)
+        };
+        if old == REFUSED && !udp {
+            return refused(DropReason::BackendDown, number);
+        }
+        let backend = if old == REFUSED { owners.new } else { old };
+        // One that is with its slot's backend is found there without a record.
+        work.recording = u32::from(owners.new != owners.old);
+        maps::BACKENDS
+            .get(backend)
+            .filter(|_| backend != NO_BACKEND)
+            .map(|b| (backend, b))
+    } else {
+        select::backend(number, service, key)
+    };
+    let Some((backend_number, backend)) = selected else {
         return no_backend(service, number);
     };
     if backend.flags & BACKEND_RESOLVED == 0 {
@@ -97,13 +122,34 @@ pub fn choose<F: Family>() -> Decision {
         created: arrival.now,
         l3_delta: 0,
         l4_delta: 0,
-        state: if udp { state::UDP } else { state::SYN_SENT },
+        state: if udp {
+            state::UDP
+        } else if opens {
+            state::SYN_SENT
+        } else {
+            state::of_unknown(arrival.flags)
+        },
         direction: DIRECTION_BACKEND,
         forward: mode,
         reserved: 0,
         mtu: interface_mtu(arrival.ifindex),
     };
     FOLLOW
+}
+
+/// Stands for the backend of a flow whose service ends those of a dead one.
+const REFUSED: u32 = u32::MAX;
+
+/// The backend of a packet that begins no flow.
+#[inline(always)]
+fn old_owner(service: &Service, owners: &stateless::Owners) -> u32 {
+    let keeps = service.on_backend_down == on_backend_down::KEEP;
+    match maps::BACKENDS.get(owners.old) {
+        Some(old) if keeps || old.flags & BACKEND_ALIVE != 0 => owners.old,
+        _ if owners.old == NO_BACKEND || owners.old == owners.new => owners.new,
+        _ if service.on_backend_down == on_backend_down::RESET => REFUSED,
+        _ => owners.new,
+    }
 }
 
 /// Source ports that are tried for a new flow before it is refused.
@@ -195,6 +241,18 @@ pub fn record_client<F: Family>() -> Decision {
     work.client.l3_delta = !work.reply.l3_delta;
     work.client.l4_delta = !work.reply.l4_delta;
     work.client.direction = DIRECTION_CLIENT;
+    if work.recording == 0 {
+        if work.client.state == state::SYN_SENT {
+            stats::count_connection(number, backend_number);
+        }
+        return FOLLOW;
+    }
+    if !forward::translates(work.client.forward)
+        && let Some(cursor) = maps::CURSORS.get_ptr_mut(number)
+    {
+        // SAFETY: a map value, aligned to 8 bytes.
+        unsafe { atomic::fetch_add(&raw mut (*cursor).recorded, 1) };
+    }
     if F::flows()
         .insert(&work.arrival.key, &work.client, u64::from(BPF_NOEXIST))
         .is_err()
@@ -207,7 +265,10 @@ pub fn record_client<F: Family>() -> Decision {
         return dropped(DropReason::TableFull, number);
     }
     count_flow(backend_number, work.client.state, 1);
-    stats::count_connection(number, backend_number);
+    // One that is recorded in the middle was counted when it began.
+    if matches!(work.client.state, state::UDP | state::SYN_SENT) {
+        stats::count_connection(number, backend_number);
+    }
     FOLLOW
 }
 

@@ -10,7 +10,7 @@ use crate::{
     frame::{Cursor, Frame},
     lookup, maps, parse,
     parse::protocol,
-    rewrite, stats,
+    rewrite, stateless, stats,
     verdict::Verdict,
 };
 use aya_ebpf::bindings::xdp_md;
@@ -81,11 +81,15 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         dport: transport.read(0),
         protocol: u32::from(quoted.protocol),
     };
-    let flow = F::flows()
-        .get_ptr_mut(&work.arrival.key)
-        .ok_or(Verdict::PASS)?;
-    // SAFETY: as in `flow::follow`.
-    let flow = unsafe { &*flow };
+    let flow = match F::flows().get_ptr_mut(&work.arrival.key) {
+        // SAFETY: as in `flow::follow`.
+        Some(flow) => unsafe { &*flow },
+        None => {
+            stateless::describe::<F>(work).ok_or(Verdict::PASS)?;
+            // SAFETY: per-CPU memory, which nothing changes before the error has left.
+            unsafe { &*core::ptr::from_ref(&work.client) }
+        }
+    };
     let service = flow.service;
     // RFC 1812 section 4.3.2.7, RFC 4443 section 2.4 (e): no error about an error.
     let hops = F::hops(network.header);

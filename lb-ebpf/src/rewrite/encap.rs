@@ -13,7 +13,6 @@ use super::update_checksum;
 use crate::{
     checksum,
     family::{Family, V4, V6},
-    flow::Outgoing,
     frame::{Cursor, Frame},
     lookup, maps,
     parse::{self, Packet, protocol},
@@ -21,7 +20,7 @@ use crate::{
 };
 use aya_ebpf::{bindings::xdp_md, helpers::bpf_xdp_adjust_head};
 use core::mem::offset_of;
-use lb_common::{abi::Settings, addr::FAMILY_V4, backend::Backend, csum, hash, stats::DropReason};
+use lb_common::{abi::Settings, addr::FAMILY_V4, backend::Backend, csum, stats::DropReason};
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -30,19 +29,20 @@ use network_types::{
     vlan::VlanHdr,
 };
 
-/// Puts the packet into another one for the flow's backend.
+/// Puts the packet, whose flow has this hash, into another one for a backend.
 #[inline(always)]
 pub fn encap<F: Family>(
     frame: &Frame,
     packet: &Packet<F>,
-    outgoing: &Outgoing<F::Addr>,
+    service: u32,
+    backend: u32,
     gue: bool,
+    flow_hash: u32,
 ) -> Result<(), Verdict> {
-    update_checksum(frame, packet, outgoing.flow.service, None)?;
-    let flow_hash = hash::flow_hash(&packet.key());
-    match F::encapsulate(frame.ctx, outgoing.flow.backend, flow_hash, u32::from(gue)) {
+    update_checksum(frame, packet, service, None)?;
+    match F::encapsulate(frame.ctx, backend, flow_hash, u32::from(gue)) {
         0 => Ok(()),
-        reason => Err(Verdict::refused(reason as u8, false, outgoing.flow.service)),
+        reason => Err(Verdict::refused(reason as u8, false, service)),
     }
 }
 

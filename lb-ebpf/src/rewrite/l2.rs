@@ -4,21 +4,21 @@
 use super::update_checksum;
 use crate::{
     family::Family,
-    flow::Outgoing,
     frame::Frame,
     parse::{Link, Packet},
     verdict::Verdict,
 };
 
-/// Writes the link header of `outgoing`.
+/// Writes the link header towards a backend.
 #[inline(always)]
 pub fn l2<F: Family>(
     frame: &Frame,
     link: &Link,
     packet: &Packet<F>,
-    outgoing: &Outgoing<F::Addr>,
+    service: u32,
+    l2: &[u32; 3],
 ) -> Result<(), Verdict> {
-    update_checksum(frame, packet, outgoing.flow.service, None)?;
-    link.header.write_words(0, outgoing.l2);
+    update_checksum(frame, packet, service, None)?;
+    link.header.write_words(0, l2);
     Ok(())
 }

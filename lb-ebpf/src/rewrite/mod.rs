@@ -15,7 +15,7 @@ use crate::{
     verdict::Verdict,
 };
 use core::mem::offset_of;
-use lb_common::{backend::LOCAL, csum, service::forward, stats::DropReason};
+use lb_common::{backend::LOCAL, csum, hash, service::forward, stats::DropReason};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 /// Rewrites the packet as the flow's forward mode says.
@@ -26,11 +26,41 @@ pub fn rewrite<F: Family>(
     packet: &Packet<F>,
     outgoing: &Outgoing<F::Addr>,
 ) -> Result<(), Verdict> {
-    match outgoing.flow.forward {
-        forward::NAT | forward::DNAT => nat::nat(frame, link, packet, outgoing),
-        forward::DSR => l2::l2(frame, link, packet, outgoing),
-        mode => encap::encap(frame, packet, outgoing, mode == forward::GUE),
+    let flow = outgoing.flow;
+    if forward::translates(flow.forward) {
+        return nat::nat(frame, link, packet, outgoing);
     }
+    let flow_hash = hash::flow_hash(&packet.key());
+    redirect(
+        frame,
+        link,
+        packet,
+        flow.service,
+        flow.forward,
+        flow.backend,
+        outgoing.l2,
+        flow_hash,
+    )
+}
+
+/// Sends the packet to a backend that knows the VIP, with its own addresses: `dsr`, `ipip`, `gue`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+pub fn redirect<F: Family>(
+    frame: &Frame,
+    link: &Link,
+    packet: &Packet<F>,
+    service: u32,
+    mode: u8,
+    backend: u32,
+    l2: &[u32; 3],
+    flow_hash: u32,
+) -> Result<(), Verdict> {
+    if mode == forward::DSR {
+        return l2::l2(frame, link, packet, service, l2);
+    }
+    let gue = mode == forward::GUE;
+    encap::encap(frame, packet, service, backend, gue, flow_hash)
 }
 
 /// Writes the transport checksum after `delta` has been added to its words; one that the sender

@@ -125,6 +125,8 @@ pub struct Service {
     pub forward: u8,
     /// One of [`lb_common::service::scheduler`].
     pub scheduler: u8,
+    /// Whether every flow is recorded, also where hashing its packets again would find its backend.
+    pub track_all: bool,
     /// One of [`lb_common::service::on_no_backend`].
     pub on_no_backend: u8,
     /// One of [`lb_common::service::on_backend_down`].

@@ -6,7 +6,7 @@ use super::{
     value::{self, Human, Prefix},
 };
 use lb_common::{
-    names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, number_of},
+    names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, name_of, number_of},
     service::{forward, on_backend_down, on_no_backend, scheduler},
 };
 use std::{net::IpAddr, time::Duration};
@@ -23,9 +23,10 @@ const STATUS: (u16, u16) = (100, 599);
 const EXPECT: (u16, u16) = (200, 399);
 
 /// Keys that both a service and `[defaults]` may have.
-const CASCADING: [&str; 13] = [
+const CASCADING: [&str; 14] = [
     "forward",
     "scheduler",
+    "track",
     "affinity",
     "on_backend_down",
     "on_no_backend",
@@ -44,6 +45,7 @@ const CASCADING: [&str; 13] = [
 pub(super) struct Options {
     forward: Option<At<u8>>,
     scheduler: Option<At<u8>>,
+    track: Option<At<bool>>,
     on_backend_down: Option<At<u8>>,
     on_no_backend: Option<At<u8>>,
     idle_timeout: Option<At<Duration>>,
@@ -185,6 +187,15 @@ pub(super) fn service(
             ),
         ));
     }
+    let scheduler = number(&own.scheduler, &defaults.scheduler, scheduler::MAGLEV);
+    let track_all = pick(&own.track, &defaults.track).is_some_and(|at| at.value);
+    if let Some(track) = &own.track
+        && !track.value
+        && let Some(why) = records_all(mode, scheduler, connect_timeout)
+    {
+        let message = format!("{why} needs every flow recorded; remove track = \"changes\"");
+        return Err(section.error(track.offset, message));
+    }
     let health = health(&section, protocol, &backends, &own.health, &defaults.health)?;
     Ok(Placed {
         service: Service {
@@ -192,7 +203,8 @@ pub(super) fn service(
             listen,
             protocol,
             forward: mode,
-            scheduler: number(&own.scheduler, &defaults.scheduler, scheduler::MAGLEV),
+            scheduler,
+            track_all,
             on_no_backend: number(
                 &own.on_no_backend,
                 &defaults.on_no_backend,
@@ -212,6 +224,20 @@ pub(super) fn service(
         listen: listen_offset,
         backends: backend_offsets,
     })
+}
+
+/// What makes it impossible to find a flow by hashing its packets again, if anything.
+fn records_all(mode: u8, scheduler: u8, connect_timeout: Option<Duration>) -> Option<String> {
+    if forward::translates(mode) {
+        return Some(format!("forward {}", quote(name_of(FORWARD, mode))));
+    }
+    if !scheduler::hashes(scheduler) {
+        return Some(format!(
+            "scheduler {}",
+            quote(name_of(SCHEDULER, scheduler))
+        ));
+    }
+    connect_timeout.map(|_| "connect_timeout".to_owned())
 }
 
 /// What the service says, else what `[defaults]` says.
@@ -280,6 +306,10 @@ impl Options {
             scheduler: word("scheduler", SCHEDULER, &["least-connections", "random"])?,
             on_backend_down: word("on_backend_down", ON_BACKEND_DOWN, &["reschedule"])?,
             on_no_backend: word("on_no_backend", ON_NO_BACKEND, &[])?,
+            track: section
+                .get("track")
+                .map(|entry| track(&entry))
+                .transpose()?,
             idle_timeout: time("idle_timeout", "15m")?,
             connect_timeout: time("connect_timeout", "1s")?,
             allow: section
@@ -313,6 +343,15 @@ impl Options {
             return Err(entry.not_yet("deny", "remove it"));
         }
         Ok(options)
+    }
+}
+
+/// Whether every flow is recorded.
+fn track(entry: &Entry<'_, '_>) -> Result<At<bool>, Error> {
+    match entry.text("all")? {
+        "all" => Ok(entry.at(true)),
+        "changes" => Ok(entry.at(false)),
+        text => Err(entry.bad(text, "is unknown; use all or changes")),
     }
 }
 
@@ -596,4 +635,13 @@ fn health(
         rise: pick(&own.rise, &defaults.rise).map_or(RISE, |at| at.value),
         fall: pick(&own.fall, &defaults.fall).map_or(FALL, |at| at.value),
     })
+}
+
+impl Service {
+    /// Whether flows are found by hashing their packets again, and recorded only where the selection
+    /// table changes.
+    #[must_use]
+    pub fn is_stateless(&self) -> bool {
+        !self.track_all && records_all(self.forward, self.scheduler, self.connect_timeout).is_none()
+    }
 }

@@ -59,6 +59,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             protocol: Protocol::Tcp,
             forward: forward::NAT,
             scheduler: scheduler::MAGLEV,
+            track_all: false,
             on_no_backend: on_no_backend::RESET,
             on_backend_down: on_backend_down::KEEP,
             idle_timeout: Duration::from_secs(900),

@@ -677,7 +677,9 @@ impl Daemon {
                 .copied()
                 .unwrap_or_else(Instant::now);
             let load = self.dataplane.maps.backend_load.read(number);
-            let drained = load.active == 0 && load.inactive == 0;
+            let drained = load.active == 0
+                && load.inactive == 0
+                && !self.reconciler.remembers(&service, &address);
             // At least one whole sweep, so that a flow that was just being placed is counted.
             let settled = self.retiring.contains_key(&(service, address));
             if settled && drained || begun.elapsed() >= DRAIN_TIMEOUT {
@@ -734,7 +736,10 @@ impl Daemon {
                 Some((number, flows::ticks(service.config.idle_timeout)))
             })
             .collect();
-        Timeouts { idle }
+        Timeouts {
+            idle,
+            stateless: self.reconciler.stateless_tables(),
+        }
     }
 
     async fn sweep_turn(&mut self, sweeper: Sweeper) -> Result<Sweeper> {
@@ -755,6 +760,10 @@ impl Daemon {
                             info!("connection counts corrected by {}", sweep.drift);
                         }
                         debug!("{sweep:?} in {took:?}");
+                        let ops = self.reconciler.settle(&sweep.settling, Instant::now());
+                        if let Err(error) = self.carry_out(&ops) {
+                            error!("{error:#}");
+                        }
                         self.look_after();
                     }
                     Err(error) => warn!("cannot sweep the flow tables: {error:#}"),
@@ -795,6 +804,8 @@ fn wanted(
         on_no_backend: own.on_no_backend,
         on_backend_down: own.on_backend_down,
         connect_timeout: own.connect_timeout.map_or(0, flows::ticks),
+        stateless: own.is_stateless(),
+        idle_timeout: own.idle_timeout,
         answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),
         held: local.contains(&own.vip()),
         backends: service

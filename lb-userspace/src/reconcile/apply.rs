@@ -50,6 +50,14 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
             ensure!(maps.backends.read(*number) == *record, "reads differently");
         }
         Op::Slots { first, slots } => maps.slots.write_slice(*first, slots),
+        Op::Reslot { first, changes } => {
+            for (place, slot) in changes {
+                // One store: a packet meets the slot as it was or as it is.
+                maps.slots
+                    .atomic_u64(first + place, 0)
+                    .store(bytemuck::cast(*slot), Ordering::Release);
+            }
+        }
         Op::Service { number, record } => {
             maps.services.store(*number, *record);
             ensure!(maps.services.read(*number) == *record, "reads differently");
@@ -112,7 +120,9 @@ fn describe(op: &Op) -> String {
         Op::ResetService { number } => format!("map service_stats: service {number}"),
         Op::ResetBackend { number } => format!("map backend_stats: backend {number}"),
         Op::Backend { number, .. } => format!("map backends: backend {number}"),
-        Op::Slots { first, .. } => format!("map slots: table at {first}"),
+        Op::Slots { first, .. } | Op::Reslot { first, .. } => {
+            format!("map slots: table at {first}")
+        }
         Op::Service { number, .. } => format!("map services: service {number}"),
         Op::Vip { address, .. } | Op::RemoveVip { address } => format!("map vips: {address}"),
         Op::Publish { id, .. } | Op::Withdraw { id } => {

@@ -10,9 +10,10 @@
 //! what is taken away goes in the opposite order.
 
 pub mod apply;
+mod delta;
 mod filter;
 mod keys;
 pub mod plan;
 mod slots;
 
-pub use plan::{Backend, Hop, Op, Reconciler, Service};
+pub use plan::{Backend, Hop, Op, Reconciler, Service, Settling, Table};

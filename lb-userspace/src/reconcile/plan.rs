@@ -1,6 +1,7 @@
 //! From what is held and what is wanted to an ordered list of operations.
 
 use super::{
+    delta::{Changes, Delta},
     filter::Filter,
     keys::{self, Keys},
     slots::{Region, SlotSpace},
@@ -13,15 +14,18 @@ use crate::{
 use anyhow::{Result, anyhow};
 use lb_common::{
     addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
-    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, Slot},
-    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_VIP},
-    service::{Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, NO_BACKEND, Slot},
+    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP},
+    service::{
+        SERVICE_STATELESS, Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward,
+        scheduler as schedulers,
+    },
 };
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     net::{IpAddr, SocketAddr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// A service as it shall be.
@@ -41,6 +45,10 @@ pub struct Service {
     pub on_backend_down: u8,
     /// Ticks a handshake may take; 0: no limit.
     pub connect_timeout: u32,
+    /// Whether its flows are found by hashing again, and recorded only where the table changes.
+    pub stateless: bool,
+    /// How long a flow of it may be silent.
+    pub idle_timeout: Duration,
     /// Whether ARP and neighbour discovery for its VIP are answered.
     pub answer_arp: bool,
     /// Whether an interface of this host has its VIP.
@@ -113,6 +121,13 @@ pub enum Op {
         /// The slots.
         slots: Vec<Slot>,
     },
+    /// Changes some slots of the table that begins at `first`, each by itself.
+    Reslot {
+        /// First slot of the table.
+        first: u32,
+        /// What becomes of which.
+        changes: Changes,
+    },
     /// Writes a service.
     Service {
         /// Service number.
@@ -173,6 +188,12 @@ struct Held {
     pool: Option<Vec<Member>>,
     /// Hash of the table's content.
     digest: u64,
+    /// What of the table changed lately, in a stateless service.
+    delta: Option<Delta>,
+    /// How long a flow of it may be silent.
+    idle_timeout: Duration,
+    /// Whether the filter says of its VIP that it may be stateless.
+    is_marked: bool,
 }
 
 /// A backend in the maps.
@@ -193,13 +214,38 @@ struct Draft<'a> {
     is_new: bool,
     pool: Vec<Member>,
     new_backends: Vec<(SocketAddr, u32)>,
-    table: Option<Table>,
+    table: Option<NewTable>,
 }
 
-struct Table {
-    region: Region,
-    slots: Vec<Slot>,
+struct NewTable {
+    /// Room for it; `None` where it takes the place of one of the same size.
+    region: Option<Region>,
+    owners: Vec<u32>,
     digest: u64,
+}
+
+/// The selection table of a stateless service.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    /// Its first slot in map `slots`.
+    pub first: u32,
+    /// How many it has.
+    pub len: u32,
+    /// Whether the client's address alone tells the slot.
+    pub by_source: bool,
+    /// Raised with every change of an owner.
+    pub version: u64,
+}
+
+/// What a look at all recorded flows has shown of a stateless service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settling {
+    /// [`Table::version`] of what was looked at.
+    pub version: u64,
+    /// Slots that were closing, and had no flow with another backend than theirs.
+    pub settled: Vec<u32>,
+    /// Slots that were settled although they have one.
+    pub strayed: Vec<u32>,
 }
 
 /// What the maps held when they were adopted.
@@ -251,8 +297,9 @@ impl Reconciler {
             };
             let record = found.records.get(number).copied();
             let claimed = record.is_some_and(|record| {
-                let (first, len) = ServiceRecord::unpack_table(record.table);
-                self.service_numbers.claim(*number) && self.space.claim(Region { first, len })
+                self.service_numbers.claim(*number)
+                    && self.space.claim(region_of(record.table))
+                    && self.space.claim(region_of(record.previous_table))
             });
             let Some(record) = record.filter(|_| claimed) else {
                 ops.extend(runs.iter().map(|id| Op::Withdraw { id: *id }));
@@ -268,7 +315,11 @@ impl Reconciler {
                 }
             }
             let (first, _) = ServiceRecord::unpack_table(record.table);
-            let digest = found.tables.get(&first).map_or(0, |slots| digest_of(slots));
+            let slots = found.tables.get(&first).cloned().unwrap_or_default();
+            let owners: Vec<u32> = slots.iter().map(|slot| slot.backend).collect();
+            let digest = digest_of(&owners);
+            let stateless = record.flags & SERVICE_STATELESS != 0;
+            let replaced = region_of(record.previous_table);
             self.services.insert(
                 *id,
                 Held {
@@ -277,8 +328,14 @@ impl Reconciler {
                     backends: HashMap::new(),
                     pool: None,
                     digest,
+                    delta: stateless.then(|| Delta::adopt(slots, replaced)),
+                    idle_timeout: Duration::ZERO,
+                    is_marked: stateless,
                 },
             );
+            if stateless {
+                self.filter.add(id.listen.ip, LANE_STATELESS);
+            }
         }
         let by_number: HashMap<u32, ServiceKey> = self
             .services
@@ -533,31 +590,41 @@ impl Reconciler {
             });
         }
         let same = held.is_some_and(|held| {
-            held.pool.as_ref() == Some(&draft.pool) && held.record.scheduler == wanted.scheduler
+            held.pool.as_ref() == Some(&draft.pool)
+                && held.record.scheduler == wanted.scheduler
+                && held.delta.is_some() == wanted.stateless
         });
         if same {
             return Ok(());
         }
-        let slots: Vec<Slot> = scheduler::build(wanted.scheduler, &draft.pool)
-            .map_err(|error| anyhow!("service {:?}: {error}", wanted.name))?
-            .into_iter()
-            .map(Slot::settled)
-            .collect();
-        let digest = digest_of(&slots);
-        if held.is_some_and(|held| held.digest == digest) {
+        let mut owners = scheduler::build(wanted.scheduler, &draft.pool)
+            .map_err(|error| anyhow!("service {:?}: {error}", wanted.name))?;
+        let len_before = held.map_or(0, |held| region_of(held.record.table).len as usize);
+        let stays = wanted.stateless && held.is_some_and(|held| held.delta.is_some());
+        if stays && owners.is_empty() {
+            // Nobody takes new flows; those there are stay where they are.
+            owners = vec![NO_BACKEND; len_before];
+        }
+        let digest = digest_of(&owners);
+        let keeps_kind =
+            |held: &Held| held.delta.is_some() == wanted.stateless && held.digest == digest;
+        if held.is_some_and(keeps_kind) {
             return Ok(());
         }
-        let len = u32::try_from(slots.len()).unwrap_or(u32::MAX);
-        let region = self.space.take(len, now).ok_or_else(|| {
-            anyhow!(
-                "service {:?}: no room for a table of {len} slots; raise limits.slots above {}",
-                wanted.name,
-                self.space.total()
-            )
-        })?;
-        draft.table = Some(Table {
+        let mut region = None;
+        if !stays || owners.len() != len_before {
+            let len = u32::try_from(owners.len()).unwrap_or(u32::MAX);
+            region = Some(self.space.take(len, now).ok_or_else(|| {
+                anyhow!(
+                    "service {:?}: no room for a table of {len} slots; raise limits.slots above {}",
+                    wanted.name,
+                    self.space.total()
+                )
+            })?);
+        }
+        draft.table = Some(NewTable {
             region,
-            slots,
+            owners,
             digest,
         });
         Ok(())
@@ -571,8 +638,8 @@ impl Reconciler {
         for (_, number) in &draft.new_backends {
             self.backend_numbers.give_back(*number);
         }
-        if let Some(table) = &draft.table {
-            self.space.put_back(table.region);
+        if let Some(region) = draft.table.as_ref().and_then(|table| table.region) {
+            self.space.put_back(region);
         }
     }
 
@@ -594,8 +661,12 @@ impl Reconciler {
                 backends: HashMap::new(),
                 pool: None,
                 digest: 0,
+                delta: None,
+                idle_timeout: Duration::ZERO,
+                is_marked: false,
             }
         });
+        held.idle_timeout = wanted.idle_timeout;
         for (address, number) in draft.new_backends {
             ops.push(Op::ResetBackend { number });
             let generation = self.next_generation(number);
@@ -641,25 +712,19 @@ impl Reconciler {
                 });
             }
         }
-        let (first, len) = ServiceRecord::unpack_table(held.record.table);
-        let mut table = held.record.table;
-        if let Some(Table {
-            region,
-            slots,
-            digest,
-        }) = draft.table
-        {
-            self.space.release(Region { first, len }, now);
-            table = ServiceRecord::pack_table(region.first, region.len);
-            held.digest = digest;
-            ops.push(Op::Slots {
-                first: region.first,
-                slots,
-            });
+        let before = held.record;
+        if let Some(table) = draft.table {
+            self.put_table(&mut held, table, wanted, now, ops);
         }
         held.pool = Some(draft.pool);
         let record = ServiceRecord {
-            table,
+            table: held.record.table,
+            previous_table: held.record.previous_table,
+            flags: if wanted.stateless {
+                SERVICE_STATELESS
+            } else {
+                0
+            },
             connect_timeout: wanted.connect_timeout,
             forward: wanted.forward,
             scheduler: wanted.scheduler,
@@ -667,7 +732,11 @@ impl Reconciler {
             on_backend_down: wanted.on_backend_down,
             ..bytemuck::Zeroable::zeroed()
         };
-        if record != held.record || draft.is_new {
+        if wanted.stateless && !held.is_marked {
+            held.is_marked = true;
+            ops.extend(lanes(self.filter.add(wanted.id.listen.ip, LANE_STATELESS)));
+        }
+        if record != before || draft.is_new {
             held.record = record;
             ops.push(Op::Service {
                 number: held.number,
@@ -694,6 +763,139 @@ impl Reconciler {
         self.services.insert(wanted.id, held);
     }
 
+    /// Puts a new table into force.
+    fn put_table(
+        &mut self,
+        held: &mut Held,
+        table: NewTable,
+        wanted: &Service,
+        now: Instant,
+        ops: &mut Vec<Op>,
+    ) {
+        held.digest = table.digest;
+        let old = region_of(held.record.table);
+        let until = now + wanted.idle_timeout;
+        let Some(region) = table.region else {
+            if let Some(delta) = &mut held.delta {
+                ops.push(Op::Reslot {
+                    first: old.first,
+                    changes: delta.change(&table.owners, until),
+                });
+            }
+            return;
+        };
+        match &mut held.delta {
+            Some(delta) if wanted.stateless && old.len > 0 => {
+                delta.replace(&table.owners, old, until);
+                let slots = delta.slots().to_vec();
+                ops.push(Op::Slots {
+                    first: region.first,
+                    slots,
+                });
+                let oldest = delta.replaced();
+                if oldest == old {
+                    // Before the new table: a packet must never meet that one alone.
+                    held.record.previous_table = pack(oldest);
+                    ops.push(Op::Service {
+                        number: held.number,
+                        record: held.record,
+                    });
+                } else {
+                    self.space.release(old, now);
+                }
+            }
+            _ => {
+                if let Some(delta) = held.delta.take() {
+                    self.space.release(delta.replaced(), now);
+                }
+                self.space.release(old, now);
+                held.record.previous_table = 0;
+                // Flows of a service that was another kind are recorded, and with whomever.
+                let delta = if old.len > 0 {
+                    Delta::closing(&table.owners)
+                } else {
+                    Delta::settled(&table.owners)
+                };
+                let slots = if wanted.stateless {
+                    delta.slots().to_vec()
+                } else {
+                    table.owners.into_iter().map(Slot::settled).collect()
+                };
+                held.delta = wanted.stateless.then_some(delta);
+                ops.push(Op::Slots {
+                    first: region.first,
+                    slots,
+                });
+            }
+        }
+        held.record.table = pack(region);
+    }
+
+    /// Ends what is over of the changes of stateless services. `seen` tells what a look at all
+    /// recorded flows has shown, by service number.
+    pub fn settle(&mut self, seen: &HashMap<u32, Settling>, now: Instant) -> Vec<Op> {
+        let mut ops = Vec::new();
+        let mut free = Vec::new();
+        for held in self.services.values_mut() {
+            let Some(delta) = &mut held.delta else {
+                continue;
+            };
+            let first = region_of(held.record.table).first;
+            let mut reslot = |changes: Changes| {
+                if !changes.is_empty() {
+                    ops.push(Op::Reslot { first, changes });
+                }
+            };
+            let (changes, replaced) = delta.expire(now, now + held.idle_timeout);
+            reslot(changes);
+            if replaced.is_none()
+                && let Some(settling) = seen.get(&held.number)
+                && settling.version == delta.version()
+            {
+                reslot(delta.settle(settling.settled.iter().copied()));
+                reslot(delta.reopen(settling.strayed.iter().copied()));
+            }
+            if let Some(region) = replaced {
+                held.record.previous_table = 0;
+                ops.push(Op::Service {
+                    number: held.number,
+                    record: held.record,
+                });
+                free.push(region);
+            }
+        }
+        for region in free {
+            self.space.release(region, now);
+        }
+        ops
+    }
+
+    /// The tables of stateless services, by service number.
+    #[must_use]
+    pub fn stateless_tables(&self) -> HashMap<u32, Table> {
+        let of_held = |held: &Held| {
+            let region = region_of(held.record.table);
+            let table = Table {
+                first: region.first,
+                len: region.len,
+                by_source: held.record.scheduler == schedulers::SOURCE_HASH,
+                version: held.delta.as_ref()?.version(),
+            };
+            Some((held.number, table))
+        };
+        self.services.values().filter_map(of_held).collect()
+    }
+
+    /// Whether flows of a backend may be seen that are not recorded and not found by the table.
+    #[must_use]
+    pub fn remembers(&self, id: &ServiceKey, address: &SocketAddr) -> bool {
+        self.services.get(id).is_some_and(|held| {
+            let backend = held.backends.get(address);
+            let delta = held.delta.as_ref().zip(backend);
+            delta.is_some_and(|(delta, backend)| delta.remembers(backend.number))
+        })
+    }
+
     /// Takes a service away that no key leads to, with its backends and, if it was the last on it,
     /// its VIP.
     fn remove(&mut self, id: &ServiceKey, now: Instant, ops: &mut Vec<Op>) {
@@ -716,8 +918,12 @@ impl Reconciler {
             number: held.number,
             record: bytemuck::Zeroable::zeroed(),
         });
-        let (first, len) = ServiceRecord::unpack_table(held.record.table);
-        self.space.release(Region { first, len }, now);
+        self.space.release(region_of(held.record.table), now);
+        self.space
+            .release(region_of(held.record.previous_table), now);
+        if held.is_marked {
+            ops.extend(lanes(self.filter.remove(address, LANE_STATELESS)));
+        }
         self.service_numbers.give_back(held.number);
         for backend in held.backends.into_values() {
             self.drop_backend(backend, ops);
@@ -731,6 +937,12 @@ impl Reconciler {
             && held.backends.get(address).is_some_and(|b| b.retiring)
             && let Some(backend) = held.backends.remove(address)
         {
+            if let Some(delta) = &mut held.delta {
+                ops.push(Op::Reslot {
+                    first: region_of(held.record.table).first,
+                    changes: delta.forget(backend.number),
+                });
+            }
             self.drop_backend(backend, &mut ops);
         }
         ops
@@ -815,9 +1027,18 @@ fn backend_record(
     record
 }
 
-fn digest_of(slots: &[Slot]) -> u64 {
+fn region_of(table: u64) -> Region {
+    let (first, len) = ServiceRecord::unpack_table(table);
+    Region { first, len }
+}
+
+const fn pack(region: Region) -> u64 {
+    ServiceRecord::pack_table(region.first, region.len)
+}
+
+fn digest_of(owners: &[u32]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    bytemuck::cast_slice::<Slot, u8>(slots).hash(&mut hasher);
+    owners.hash(&mut hasher);
     hasher.finish()
 }
 

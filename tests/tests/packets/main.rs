@@ -17,5 +17,6 @@ mod neighbour;
 mod passthrough;
 mod refusal;
 mod scheduling;
+mod stateless;
 mod tcp_state;
 mod vlan;

@@ -4,10 +4,13 @@ use super::*;
 use crate::config::{Listen, Protocol};
 use lb_common::{
     backend::NO_BACKEND,
-    service::{on_backend_down, on_no_backend, scheduler as schedulers},
+    service::{on_backend_down, on_no_backend},
 };
 use proptest::prelude::*;
 use std::{collections::BTreeMap, time::Duration};
+
+/// How long a flow may be silent.
+const WINDOW: Duration = Duration::from_secs(60);
 
 /// The maps.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,6 +36,11 @@ impl Fake {
                 self.backends.insert(*number, *record);
             }
             Op::Slots { first, slots } => self.slots.extend((*first..).zip(slots.iter().copied())),
+            Op::Reslot { first, changes } => {
+                for (place, slot) in changes {
+                    self.slots.insert(first + place, *slot);
+                }
+            }
             Op::Service { number, record } => {
                 self.services.insert(*number, *record);
             }
@@ -69,7 +77,8 @@ impl Fake {
             let service = &self.services[number];
             let (first, len) = ServiceRecord::unpack_table(service.table);
             for slot in first..first + len {
-                let backend = self.slots[&slot].backend;
+                let slot_now = self.slots[&slot];
+                let backend = slot_now.unrecorded();
                 assert_ne!(backend, NO_BACKEND, "after {op:?}");
                 assert_eq!(
                     self.backends[&backend].service, *number,
@@ -157,6 +166,8 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
         on_no_backend: on_no_backend::RESET,
         on_backend_down: on_backend_down::KEEP,
         connect_timeout: 0,
+        stateless: false,
+        idle_timeout: WINDOW,
         answer_arp: true,
         held: false,
         backends: backends
