@@ -128,3 +128,31 @@ pub struct Load {
 }
 
 const _: () = assert!(size_of::<Load>() == 64);
+
+impl Load {
+    /// What [`Load::weight`] and [`Load::max_connections`] are together, so that they can be
+    /// written with one 64-bit store that disturbs no counter.
+    #[must_use]
+    pub const fn pack_share(weight: u32, max_connections: u32) -> u64 {
+        let ([a, b, c, d], [e, f, g, h]) = (weight.to_ne_bytes(), max_connections.to_ne_bytes());
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    }
+
+    /// Whether a backend that holds `held` connections has no room for another.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_full(held: u64, max_connections: u32) -> bool {
+        max_connections != 0 && held >= max_connections as u64
+    }
+
+    /// Whether `held` connections for `weight` are a smaller share than `other_held` for
+    /// `other_weight`. Counts below 2^32 and weights that fit a configuration do not overflow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_less_loaded(
+        (held, weight): (u64, u32),
+        (other_held, other_weight): (u64, u32),
+    ) -> bool {
+        held.wrapping_mul(other_weight as u64) < other_held.wrapping_mul(weight as u64)
+    }
+}

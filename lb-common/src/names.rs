@@ -19,6 +19,8 @@ pub const SCHEDULER: Names = &[
     (service::scheduler::MAGLEV, "maglev"),
     (service::scheduler::ROUND_ROBIN, "round-robin"),
     (service::scheduler::SOURCE_HASH, "source-hash"),
+    (service::scheduler::LEAST_CONNECTIONS, "least-connections"),
+    (service::scheduler::RANDOM, "random"),
 ];
 
 /// Words for [`service::on_no_backend`].

@@ -92,6 +92,10 @@ pub mod scheduler {
     pub const ROUND_ROBIN: u8 = 1;
     /// Slot by hash of the client address in a Maglev table.
     pub const SOURCE_HASH: u8 = 2;
+    /// The backend that holds the fewest connections for its weight; in turn among equals.
+    pub const LEAST_CONNECTIONS: u8 = 3;
+    /// Two slots at random; of the two the backend that holds fewer connections for its weight.
+    pub const RANDOM: u8 = 4;
 
     /// Whether the packets of a flow alone tell its slot.
     #[inline(always)]
@@ -123,6 +127,8 @@ pub mod on_backend_down {
 /// Flag of [`Service::flags`]: flows are not recorded, but follow the selection table, as long as
 /// their slot is settled ([`crate::backend::Slot`]).
 pub const SERVICE_STATELESS: u32 = 1 << 0;
+/// Flag of [`Service::flags`]: a backend may have a limit ([`crate::backend::Load::max_connections`]).
+pub const SERVICE_LIMITED: u32 = 1 << 4;
 
 /// One service: an element of map `services`, one cache line.
 #[repr(C)]

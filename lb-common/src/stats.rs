@@ -75,13 +75,15 @@ pub enum DropReason {
     NoInterface = 15,
     /// For a loopback address, though it comes from another host.
     Martian = 16,
+    /// Every backend of the service that takes new flows holds as many as it may.
+    BackendFull = 17,
     /// The backend would be its own client, which `dnat` cannot do.
     Hairpin = 18,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Malformed,
         Self::Fragment,
         Self::NoBackend,
@@ -98,6 +100,7 @@ impl DropReason {
         Self::ConnectTimeout,
         Self::NoInterface,
         Self::Martian,
+        Self::BackendFull,
         Self::Hairpin,
     ];
 
@@ -121,6 +124,7 @@ impl DropReason {
             Self::ConnectTimeout => "connect_timeout",
             Self::NoInterface => "no_interface",
             Self::Martian => "martian",
+            Self::BackendFull => "backend_full",
             Self::Hairpin => "hairpin",
         }
     }

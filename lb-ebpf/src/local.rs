@@ -13,7 +13,7 @@ use crate::{
     family::{Family, V4, V6},
     lookup, maps,
     parse::protocol,
-    select,
+    select::{self, ALL_FULL},
 };
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -26,7 +26,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     addr::Address,
-    backend::{BACKEND_ALIVE, Backend},
+    backend::{BACKEND_ALIVE, Backend, NO_BACKEND},
     filter::LANE_VIP,
     flow::FlowKey,
     local::{PEER_BACKEND, PEER_VIP, Peer, PeerKey},
@@ -200,7 +200,7 @@ fn service<F: Family>(
     forward::translates(found.1.forward).then_some(found)
 }
 
-/// A live backend, with its number.
+/// A live backend, with its number, or why there is none.
 #[inline(always)]
 fn choose<F: Family>(
     number: u32,
@@ -208,7 +208,7 @@ fn choose<F: Family>(
     vip: F::Addr,
     dport: u16,
     udp: bool,
-) -> Option<(u32, &'static Backend)> {
+) -> Result<(u32, &'static Backend), DropReason> {
     let mut key = FlowKey::<F::Addr> {
         // The socket has no address yet, nor perhaps a port. To a scheduler that looks at the
         // client's address the host is one client.
@@ -221,12 +221,18 @@ fn choose<F: Family>(
     for _ in 0..TRIES {
         // SAFETY: no arguments.
         key.sport = unsafe { bpf_get_prandom_u32() } as u16;
-        let (number, backend) = select::backend(number, service, &key)?;
-        if backend.flags & BACKEND_ALIVE != 0 {
-            return Some((number, backend));
+        let backend_number = match select::backend(number, service, &key) {
+            NO_BACKEND => break,
+            ALL_FULL => return Err(DropReason::BackendFull),
+            backend => backend,
+        };
+        if let Some(backend) = maps::BACKENDS.get(backend_number)
+            && backend.flags & BACKEND_ALIVE != 0
+        {
+            return Ok((backend_number, backend));
         }
     }
-    None
+    Err(DropReason::NoBackend)
 }
 
 /// The address and port of a backend, for what was sent to `port`.
@@ -276,8 +282,9 @@ fn connect<F: Family>(ctx: *mut bpf_sock_addr, place: &Place) -> i32 {
     };
     // SAFETY: a valid context.
     let udp = unsafe { (&raw const (*ctx).protocol).read_volatile() } == protocol::UDP.into();
-    let Some((backend_number, backend)) = choose::<F>(number, service, vip, port, udp) else {
-        return no_backend(service, number);
+    let (backend_number, backend) = match choose::<F>(number, service, vip, port, udp) {
+        Ok(chosen) => chosen,
+        Err(reason) => return no_backend(reason, service, number),
     };
     let to = peer(backend_number, backend, port);
     // SAFETY: a valid context.
@@ -306,8 +313,9 @@ fn send<F: Family>(ctx: *mut bpf_sock_addr, place: &Place) -> i32 {
             ..*known
         }
     } else {
-        let Some((backend_number, backend)) = choose::<F>(number, service, vip, port, true) else {
-            return no_backend(service, number);
+        let (backend_number, backend) = match choose::<F>(number, service, vip, port, true) {
+            Ok(chosen) => chosen,
+            Err(reason) => return no_backend(reason, service, number),
         };
         let to = peer(backend_number, backend, port);
         // Without the entry the next datagram may go elsewhere, which UDP allows.
@@ -378,11 +386,11 @@ fn name_peer<F: Family>(ctx: *mut bpf_sock_addr, place: &Place) -> i32 {
 }
 
 #[inline(always)]
-fn no_backend(service: &Service, number: u32) -> i32 {
+fn no_backend(reason: DropReason, service: &Service, number: u32) -> i32 {
     if service.on_no_backend == on_no_backend::PASS {
         return PROCEED;
     }
-    if let Some(drops) = maps::DROPS.get_ptr_mut(DropReason::NoBackend as u32) {
+    if let Some(drops) = maps::DROPS.get_ptr_mut(reason as u32) {
         // SAFETY: a map value, aligned to 8 bytes.
         unsafe { atomic::fetch_add(drops, 1) };
     }

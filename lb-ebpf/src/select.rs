@@ -1,21 +1,36 @@
 //! Select: a backend for a new flow.
 
 use crate::{atomic, maps};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_loop};
+use core::ffi::c_void;
 use lb_common::{
     addr::Address,
-    backend::{Backend, NO_BACKEND, Slot},
+    backend::{Load, NO_BACKEND, Slot},
     flow::FlowKey,
     hash,
-    service::{Service, scheduler},
+    service::{SERVICE_LIMITED, Service, scheduler},
 };
 
-/// The backend that the service's selection table gives a new flow, with its number.
+/// What stands for "all backends are full" in place of a backend's number.
+pub const ALL_FULL: u32 = u32::MAX;
+
+/// The number of the backend that a new flow of the service goes to, or [`NO_BACKEND`], or
+/// [`ALL_FULL`].
 #[inline(always)]
-pub fn backend<A: Address>(
-    number: u32,
-    service: &Service,
-    key: &FlowKey<A>,
-) -> Option<(u32, &'static Backend)> {
+pub fn backend<A: Address>(number: u32, service: &Service, key: &FlowKey<A>) -> u32 {
+    if service.scheduler == scheduler::LEAST_CONNECTIONS {
+        return least_loaded(number);
+    }
+    let backend = by_table(number, service, key).unwrap_or(NO_BACKEND);
+    if service.flags & SERVICE_LIMITED != 0 && backend != NO_BACKEND && is_full(backend) {
+        return least_loaded(number);
+    }
+    backend
+}
+
+/// The backend in the slot of the selection table that a hash, the turn or chance points to.
+#[inline(always)]
+fn by_table<A: Address>(number: u32, service: &Service, key: &FlowKey<A>) -> Option<u32> {
     let (first, slots) = service.table();
     if slots == 0 {
         return None;
@@ -23,13 +38,20 @@ pub fn backend<A: Address>(
     let slot = match service.scheduler {
         scheduler::ROUND_ROBIN => next_turn(number, slots)?,
         scheduler::SOURCE_HASH => hash::slot_of(hash::source_hash(key.src), slots),
+        scheduler::RANDOM => {
+            let (a, b) = (at_random(first, slots)?, at_random(first, slots)?);
+            return Some(if is_less_loaded(b, a) { b } else { a });
+        }
         _ => hash::slot_of(hash::flow_hash(key), slots),
     };
-    let backend = self::slot(first.wrapping_add(slot))?.backend;
-    if backend == NO_BACKEND {
-        return None;
-    }
-    Some((backend, maps::BACKENDS.get(backend)?))
+    Some(self::slot(first.wrapping_add(slot))?.backend)
+}
+
+#[inline(always)]
+fn at_random(first: u32, slots: u32) -> Option<u32> {
+    // SAFETY: the helper takes nothing and touches nothing.
+    let slot = hash::slot_of(unsafe { bpf_get_prandom_u32() }, slots);
+    Some(self::slot(first.wrapping_add(slot))?.backend)
 }
 
 /// One slot, both numbers of the same moment.
@@ -51,4 +73,129 @@ fn next_turn(service: u32, slots: u32) -> Option<u32> {
     // SAFETY: a map value, aligned to 8 bytes.
     let turn = unsafe { atomic::fetch_add(&raw mut (*cursor).next, 1) };
     Some((turn % u64::from(slots)) as u32)
+}
+
+/// Connections that a backend holds, and its weight.
+#[inline(always)]
+fn share(load: &Load) -> (u64, u32) {
+    // SAFETY: a live map value, which other CPUs and the daemon change.
+    let (held, weight) = unsafe {
+        (
+            (&raw const load.held).read_volatile(),
+            (&raw const load.weight).read_volatile(),
+        )
+    };
+    // Below zero for a moment, when the daemon corrects it while a connection ends.
+    (if held >> 63 == 0 { held } else { 0 }, weight)
+}
+
+#[inline(always)]
+fn is_less_loaded(a: u32, b: u32) -> bool {
+    let Some(b) = maps::BACKEND_LOAD.get(b) else {
+        return true;
+    };
+    let b = share(b);
+    let Some(a) = maps::BACKEND_LOAD.get(a) else {
+        return false;
+    };
+    Load::is_less_loaded(share(a), b)
+}
+
+/// Whether a backend has no room for another flow.
+#[inline(always)]
+pub fn is_full(backend: u32) -> bool {
+    maps::BACKEND_LOAD
+        .get(backend)
+        .is_some_and(|load| Load::is_full(share(load).0, load.max_connections))
+}
+
+/// A walk through the members of a service. What begins as zero comes first: the compiler joins such
+/// fields, and the verifier wants what it joins aligned.
+#[repr(C, align(8))]
+struct Walk {
+    /// Connections that the best so far holds.
+    held: u64,
+    /// The best so far, and its weight.
+    backend: u32,
+    weight: u32,
+    /// How many were passed over because they were full.
+    full: u64,
+    /// First slot, number of slots, and the one that the walk begins at.
+    first: u32,
+    slots: u32,
+    start: u32,
+    reserved: u32,
+}
+
+/// The member of the service that holds the fewest connections for its weight and has room, or
+/// [`NO_BACKEND`], or [`ALL_FULL`]. Among equals each has its turn.
+///
+/// A look at every member: a few nanoseconds each, once a flow. Two CPUs that look at the same time
+/// may choose the same one, so a backend may hold as many more than it should as there are CPUs.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn least_loaded(service: u32) -> u32 {
+    let Some(record) = maps::SERVICES.get(service) else {
+        return NO_BACKEND;
+    };
+    // SAFETY: as in `by_table`.
+    let members = unsafe { (&raw const record.members).read_volatile() };
+    let (first, slots) = Service::unpack_table(members);
+    if slots == 0 {
+        return NO_BACKEND;
+    }
+    let Some(start) = next_turn(service, slots) else {
+        return NO_BACKEND;
+    };
+    let mut walk = Walk {
+        held: 0,
+        backend: NO_BACKEND,
+        weight: 0,
+        full: 0,
+        first,
+        slots,
+        start,
+        reserved: 0,
+    };
+    // SAFETY: the callback has the signature the helper wants, and the walk outlives the call.
+    unsafe {
+        bpf_loop(slots, compare as *mut c_void, (&raw mut walk).cast(), 0);
+    }
+    if walk.backend == NO_BACKEND && walk.full != 0 {
+        return ALL_FULL;
+    }
+    walk.backend
+}
+
+/// One step of the walk; 0: go on.
+#[inline(never)]
+extern "C" fn compare(step: u32, walk: *mut Walk) -> u64 {
+    // SAFETY: `least_loaded` passes a walk of its own.
+    let walk = unsafe { &mut *walk };
+    let mut slot = walk.start.wrapping_add(step);
+    if slot >= walk.slots {
+        slot = slot.wrapping_sub(walk.slots);
+    }
+    let Some(slot) = maps::SLOTS.get(walk.first.wrapping_add(slot)) else {
+        return 0;
+    };
+    let backend = slot.backend;
+    let Some(load) = maps::BACKEND_LOAD.get(backend) else {
+        return 0;
+    };
+    let (held, weight) = share(load);
+    if weight == 0 {
+        return 0;
+    }
+    if Load::is_full(held, load.max_connections) {
+        walk.full += 1;
+        return 0;
+    }
+    if walk.backend == NO_BACKEND || Load::is_less_loaded((held, weight), (walk.held, walk.weight))
+    {
+        walk.held = held;
+        walk.weight = weight;
+        walk.backend = backend;
+    }
+    0
 }

@@ -68,6 +68,8 @@ pub struct Backend {
     pub port: u16,
     /// Share of new flows.
     pub weight: u32,
+    /// Most connections it may hold; 0: no limit.
+    pub max_connections: u32,
     /// Whether it may keep its flows.
     pub alive: bool,
     /// Whether its next hop is known.
@@ -204,12 +206,19 @@ impl Service {
             mac: host.mac,
             port,
             weight,
+            max_connections: 0,
             alive: true,
             resolved: true,
             ifindex: INGRESS,
             mtu: 0,
             tags: 0,
         })
+    }
+
+    /// Whether a backend has a limit.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.backends.iter().any(|b| b.max_connections != 0)
     }
 
     /// Adds a backend.
@@ -645,9 +654,19 @@ impl Balancer {
         *self.generations.entry((service, index)).or_insert(1) += 1;
         self.write_backend(service, index);
         let number = self.backend_number(service, index);
-        let none: backend::Load = bytemuck::Zeroable::zeroed();
-        self.set("backend_load", number, none);
+        self.without_connections(number);
         self.last_counts = None;
+    }
+
+    /// Sets the counters of a backend's connections to 0.
+    fn without_connections(&mut self, number: u32) {
+        let load: backend::Load = self.get("backend_load", number);
+        let load = backend::Load {
+            weight: load.weight,
+            max_connections: load.max_connections,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        self.set("backend_load", number, load);
     }
 
     /// Sets the MTU of an interface, with the balancer's MAC address.
@@ -699,12 +718,20 @@ impl Balancer {
         };
         let element = self.backend_number(number, index);
         self.set("backends", element, record);
+        let load = backend::Load {
+            weight: in_force(&b),
+            max_connections: b.max_connections,
+            ..self.get("backend_load", element)
+        };
+        self.set("backend_load", element, load);
     }
 
     fn write_service(&mut self, number: u32) {
         let s = self.services[number as usize - 1].clone();
         let table = selection_table(&s);
-        let room = table.len() as u32;
+        let members = members(&s);
+        // The list of members lies behind the table.
+        let room = (table.len() + members.len()) as u32;
         let end = self.tables.iter().map(|(first, room)| first + room).max();
         let fresh = (end.unwrap_or(0), room);
         let place = number as usize - 1;
@@ -714,7 +741,7 @@ impl Balancer {
             None => self.tables.push(fresh),
         }
         let first = self.tables[place].0;
-        for (i, index) in table.iter().enumerate() {
+        for (i, index) in table.iter().chain(&members).enumerate() {
             let backend = self.backend_number(number, *index);
             self.set(
                 "slots",
@@ -729,18 +756,17 @@ impl Balancer {
                 },
             );
         }
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
         let record = service::Service {
             table: service::Service::pack_table(first, table.len() as u32),
+            members: service::Service::pack_table(first + table.len() as u32, members.len() as u32),
             connect_timeout: s.connect_timeout,
             forward: s.forward,
             scheduler: s.scheduler,
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
-            flags: if s.stateless {
-                service::SERVICE_STATELESS
-            } else {
-                0
-            },
+            flags: flag(s.stateless, service::SERVICE_STATELESS)
+                | flag(s.is_limited(), service::SERVICE_LIMITED),
             ..bytemuck::Zeroable::zeroed()
         };
         self.set("services", number, record);
@@ -1078,7 +1104,9 @@ impl Balancer {
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
         self.clear_fragments();
         let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
-        self.zero::<backend::Load>("backend_load", backends + 1);
+        for number in 1..=backends {
+            self.without_connections(number);
+        }
         self.zero::<service::Cursor>("cursors", self.services.len() as u32 + 1);
     }
 
@@ -1239,15 +1267,25 @@ fn readable<A: addr::Address>(key: &flow::FlowKey<A>, value: &flow::Flow<A>) -> 
 /// data plane reads does not depend on how the daemon fills it.
 #[must_use]
 pub fn selection_table(service: &Service) -> Vec<usize> {
-    let weights: Vec<u32> = service
-        .backends
-        .iter()
-        .map(|b| if b.alive { b.weight } else { 0 })
-        .collect();
+    let weights: Vec<u32> = service.backends.iter().map(in_force).collect();
     match service.scheduler {
-        service::scheduler::ROUND_ROBIN => smooth_sequence(&weights),
+        service::scheduler::ROUND_ROBIN | service::scheduler::RANDOM => smooth_sequence(&weights),
+        service::scheduler::LEAST_CONNECTIONS => members(service),
         _ => spread_table(&weights, TABLE_SLOTS),
     }
+}
+
+/// The weight in force of a backend.
+fn in_force(backend: &Backend) -> u32 {
+    if backend.alive { backend.weight } else { 0 }
+}
+
+/// The backends of a service that take new flows, as indices.
+#[must_use]
+pub fn members(service: &Service) -> Vec<usize> {
+    let backends = service.backends.iter().enumerate();
+    let members = backends.filter(|(_, backend)| in_force(backend) > 0);
+    members.map(|(index, _)| index).collect()
 }
 
 /// The smooth weighted round-robin sequence of one period, as nginx places it: in each step every

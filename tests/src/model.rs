@@ -586,12 +586,15 @@ impl Model {
             return Ok(refused(packet, DropReason::NoFlow, number));
         }
         let without_backend = self.services[n].on_no_backend;
-        let Some(index) = self.pick(number, packet) else {
-            return Ok(match without_backend {
-                on_no_backend::PASS => pass(packet),
-                on_no_backend::DROP => dropped(DropReason::NoBackend, number),
-                _ => refused(packet, DropReason::NoBackend, number),
-            });
+        let index = match self.pick(number, packet, real) {
+            Ok(index) => index,
+            Err(reason) => {
+                return Ok(match without_backend {
+                    on_no_backend::PASS => pass(packet),
+                    on_no_backend::DROP => dropped(reason, number),
+                    _ => refused(packet, reason, number),
+                });
+            }
         };
         let service = &self.services[n];
         let backend = service.backends[index].clone();
@@ -761,23 +764,87 @@ impl Model {
         at(true).or_else(|| at(false).filter(|_| packet.dport != 0))
     }
 
-    fn pick(&mut self, number: u32, packet: &Packet) -> Option<usize> {
-        let service = &self.services[number as usize - 1];
-        let table = crate::harness::selection_table(service);
+    /// The backend of a new flow, or why there is none.
+    fn pick(&mut self, number: u32, packet: &Packet, real: &Outcome) -> Result<usize, DropReason> {
+        let service = self.services[number as usize - 1].clone();
+        let table = crate::harness::selection_table(&service);
         if table.is_empty() {
-            return None;
+            return Err(DropReason::NoBackend);
         }
         let by_hash = |hash: u32| ((u128::from(hash) * table.len() as u128) / (1 << 32)) as usize;
-        let slot = match service.scheduler {
-            scheduler::ROUND_ROBIN => {
-                let turn = self.turns.entry(number).or_default();
-                *turn += 1;
-                (*turn - 1) % table.len()
+        let picked = match service.scheduler {
+            scheduler::LEAST_CONNECTIONS => return self.least_loaded(number),
+            scheduler::ROUND_ROBIN => table[self.turn(number, table.len())],
+            scheduler::SOURCE_HASH => {
+                table[by_hash(lookup3(&[address_word(packet.src), 0, 0], SEED))]
             }
-            scheduler::SOURCE_HASH => by_hash(lookup3(&[address_word(packet.src), 0, 0], SEED)),
-            _ => by_hash(flow_hash(packet)),
+            scheduler::RANDOM => {
+                // A free choice, if one of the backends was chosen that may be.
+                let first = self.first_backend[number as usize - 1];
+                let unreachable = real.counts.drops.contains_key("no_neighbour");
+                let may_be = |index: &&usize| {
+                    let number = first + **index as u32;
+                    real.counts.backends.contains_key(&number)
+                        || unreachable && !service.backends[**index].resolved
+                };
+                *table.iter().find(may_be).unwrap_or(&table[0])
+            }
+            _ => table[by_hash(flow_hash(packet))],
         };
-        Some(table[slot])
+        if self.is_full(number, picked) {
+            return self.least_loaded(number);
+        }
+        Ok(picked)
+    }
+
+    /// The next of `len` turns of a service.
+    fn turn(&mut self, number: u32, len: usize) -> usize {
+        let turn = self.turns.entry(number).or_default();
+        *turn += 1;
+        (*turn - 1) % len
+    }
+
+    /// The connections that a backend has to carry.
+    fn held(&self, number: u32, index: usize) -> u64 {
+        let backend = self.first_backend[number as usize - 1] + index as u32;
+        let generation = self.generation(backend);
+        let held = |f: &&Flow| {
+            (f.backend, f.generation) == (backend, generation)
+                && matches!(
+                    f.state,
+                    state::UDP | state::SYN_SENT | state::SYN_RECEIVED | state::ESTABLISHED
+                )
+        };
+        self.flows.iter().filter(held).count() as u64
+    }
+
+    fn is_full(&self, number: u32, index: usize) -> bool {
+        let most = self.services[number as usize - 1].backends[index].max_connections;
+        most != 0 && self.held(number, index) >= u64::from(most)
+    }
+
+    /// The backend with the smallest share of connections that has room; the first from the one
+    /// whose turn it is.
+    fn least_loaded(&mut self, number: u32) -> Result<usize, DropReason> {
+        let service = self.services[number as usize - 1].clone();
+        let mut members = crate::harness::members(&service);
+        if members.is_empty() {
+            return Err(DropReason::NoBackend);
+        }
+        let turn = self.turn(number, members.len());
+        members.rotate_left(turn);
+        members.retain(|index| !self.is_full(number, *index));
+        // A multiple of every weight, so that shares compare as whole numbers.
+        let scale: u64 = members
+            .iter()
+            .map(|index| u64::from(service.backends[*index].weight))
+            .product();
+        members
+            .into_iter()
+            .min_by_key(|index| {
+                self.held(number, *index) * (scale / u64::from(service.backends[*index].weight))
+            })
+            .ok_or(DropReason::BackendFull)
     }
 
     fn generation(&self, backend: u32) -> u32 {

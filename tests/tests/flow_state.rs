@@ -152,6 +152,7 @@ impl World {
     fn plan(&mut self) {
         let backend = |(n, member): (&u8, &Member)| Backend {
             address: SocketAddr::new(host(*n), PORT),
+            max_connections: 0,
             weight: if member.alive { member.weight } else { 0 },
             configured_weight: 1,
             alive: member.alive,

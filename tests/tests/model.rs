@@ -124,6 +124,8 @@ struct Setup {
     services: Vec<(u8, bool, bool)>,
     /// Whether outer sources come from a network.
     encap_source: bool,
+    /// The scheduler that the first service has; the others have the following ones.
+    first_scheduler: usize,
 }
 
 impl Setup {
@@ -132,6 +134,7 @@ impl Setup {
         Self {
             services: vec![(forward::NAT, false, false); SERVICES],
             encap_source: false,
+            first_scheduler: 0,
         }
     }
 }
@@ -146,12 +149,14 @@ fn setup() -> impl Strategy<Value = Setup> {
         2 => Just(forward::GUE),
     ];
     let service = (mode, any::<bool>(), prop::bool::weighted(0.3));
-    (proptest::collection::vec(service, SERVICES), any::<bool>()).prop_map(
-        |(services, encap_source)| Setup {
+    let services = proptest::collection::vec(service, SERVICES);
+    (services, any::<bool>(), 0_usize..5).prop_map(|(services, encap_source, first_scheduler)| {
+        Setup {
             services,
             encap_source,
-        },
-    )
+            first_scheduler,
+        }
+    })
 }
 
 /// Number of services.
@@ -164,6 +169,8 @@ fn balancer(setup: &Setup) -> Balancer {
         scheduler::ROUND_ROBIN,
         scheduler::MAGLEV,
         scheduler::SOURCE_HASH,
+        scheduler::LEAST_CONNECTIONS,
+        scheduler::RANDOM,
     ];
     let no_backend = [
         on_no_backend::RESET,
@@ -175,7 +182,7 @@ fn balancer(setup: &Setup) -> Balancer {
         .enumerate()
         .map(|(n, (family, protocol, vip, port))| {
             let mut s = service(*family, *protocol, *vip, *port)
-                .scheduler(schedulers[n % 3])
+                .scheduler(schedulers[(n + setup.first_scheduler) % 5])
                 .on_no_backend(no_backend[(n / 2) % 3])
                 .on_backend_down(if n < 4 {
                     on_backend_down::KEEP
@@ -187,6 +194,15 @@ fn balancer(setup: &Setup) -> Balancer {
                 .backend(BACKEND_2, 8000 + n as u16, 2);
             if n % 2 == 0 {
                 s = s.backend(BACKEND_3, 9000, 1);
+            }
+            // With `random` the model could not tell whether a full one was looked at.
+            if s.scheduler != scheduler::RANDOM {
+                if n % 3 == 0 {
+                    s = s.last(|b| b.max_connections = 2);
+                }
+                if n == 6 {
+                    s.backends.iter_mut().for_each(|b| b.max_connections = 1);
+                }
             }
             if n < 4 {
                 s = s.connect_timeout(CONNECT_TIMEOUT);
@@ -633,6 +649,7 @@ fn the_program_does_what_the_model_does() {
         DropReason::NoFlow,
         DropReason::BackendDown,
         DropReason::ConnectTimeout,
+        DropReason::BackendFull,
     ];
     let wanted = reasons
         .iter()

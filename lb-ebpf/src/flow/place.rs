@@ -12,7 +12,8 @@ use crate::{
     family::Family,
     lookup, maps,
     parse::{TcpFlags, protocol},
-    select, stateless, stats,
+    select::{self, ALL_FULL},
+    stateless, stats,
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
@@ -44,7 +45,7 @@ pub fn choose<F: Family>() -> Decision {
         return refused(DropReason::NoFlow, number);
     }
     work.recording = 1;
-    let selected = if stateless {
+    let backend_number = if stateless {
         let owners = stateless::owners(service, key);
         // A UDP packet may begin a flow or belong to one: it is taken for the latter.
         let old = if opens {
@@ -55,18 +56,20 @@ pub fn choose<F: Family>() -> Decision {
         if old == REFUSED && !udp {
             return refused(DropReason::BackendDown, number);
         }
-        let backend = if old == REFUSED { owners.new } else { old };
         // One that is with its slot's backend is found there without a record.
         work.recording = u32::from(owners.new != owners.old);
-        maps::BACKENDS
-            .get(backend)
-            .filter(|_| backend != NO_BACKEND)
-            .map(|b| (backend, b))
+        if old == REFUSED { owners.new } else { old }
     } else {
         select::backend(number, service, key)
     };
-    let Some((backend_number, backend)) = selected else {
-        return no_backend(service, number);
+    if backend_number == ALL_FULL {
+        return no_backend(DropReason::BackendFull, service, number);
+    }
+    let Some(backend) = maps::BACKENDS
+        .get(backend_number)
+        .filter(|_| backend_number != NO_BACKEND)
+    else {
+        return no_backend(DropReason::NoBackend, service, number);
     };
     if backend.flags & BACKEND_RESOLVED == 0 {
         return dropped(DropReason::NoNeighbour, number);
@@ -273,11 +276,11 @@ pub fn record_client<F: Family>() -> Decision {
 }
 
 #[inline(always)]
-const fn no_backend(service: &Service, number: u32) -> Decision {
+const fn no_backend(reason: DropReason, service: &Service, number: u32) -> Decision {
     match service.on_no_backend {
         on_no_backend::PASS => NOT_OURS,
-        on_no_backend::DROP => dropped(DropReason::NoBackend, number),
-        _ => refused(DropReason::NoBackend, number),
+        on_no_backend::DROP => dropped(reason, number),
+        _ => refused(reason, number),
     }
 }
 

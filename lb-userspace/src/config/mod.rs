@@ -159,6 +159,10 @@ pub struct Backend {
     pub address: SocketAddr,
     /// Share of new flows relative to the other backends; 0: none, existing flows are kept.
     pub weight: u32,
+    /// Whether it takes new flows only while no backend does that is not a backup.
+    pub backup: bool,
+    /// Most connections it may hold; 0: no limit.
+    pub max_connections: u32,
 }
 
 /// Section `[service.health]`.

@@ -191,7 +191,7 @@ pub(super) fn service(
     let track_all = pick(&own.track, &defaults.track).is_some_and(|at| at.value);
     if let Some(track) = &own.track
         && !track.value
-        && let Some(why) = records_all(mode, scheduler, connect_timeout)
+        && let Some(why) = records_all(mode, scheduler, connect_timeout, &backends)
     {
         let message = format!("{why} needs every flow recorded; remove track = \"changes\"");
         return Err(section.error(track.offset, message));
@@ -227,7 +227,12 @@ pub(super) fn service(
 }
 
 /// What makes it impossible to find a flow by hashing its packets again, if anything.
-fn records_all(mode: u8, scheduler: u8, connect_timeout: Option<Duration>) -> Option<String> {
+fn records_all(
+    mode: u8,
+    scheduler: u8,
+    connect_timeout: Option<Duration>,
+    backends: &[Backend],
+) -> Option<String> {
     if forward::translates(mode) {
         return Some(format!("forward {}", quote(name_of(FORWARD, mode))));
     }
@@ -236,6 +241,9 @@ fn records_all(mode: u8, scheduler: u8, connect_timeout: Option<Duration>) -> Op
             "scheduler {}",
             quote(name_of(SCHEDULER, scheduler))
         ));
+    }
+    if backends.iter().any(|b| b.max_connections != 0) {
+        return Some("max_connections".to_owned());
     }
     connect_timeout.map(|_| "connect_timeout".to_owned())
 }
@@ -269,20 +277,20 @@ fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backe
         None => 1,
         Some(entry) => entry.integer(0, WEIGHT_MAX)?,
     };
-    if let Some(entry) = section.get("backup")
-        && entry.boolean()?
-    {
-        return Err(entry.not_yet("backup", "remove it"));
-    }
-    if let Some(entry) = section.get("max_connections")
-        && entry.integer(0, u32::MAX)? != 0
-    {
-        return Err(entry.not_yet("max_connections", "remove it"));
-    }
+    let backup = match section.get("backup") {
+        None => false,
+        Some(entry) => entry.boolean()?,
+    };
+    let max_connections = match section.get("max_connections") {
+        None => 0,
+        Some(entry) => entry.integer(0, u32::MAX)?,
+    };
     let backend = Backend {
         name: name.map_or_else(|| Endpoint(address).to_string(), str::to_owned),
         address,
         weight,
+        backup,
+        max_connections,
     };
     Ok((backend, offset))
 }
@@ -303,7 +311,7 @@ impl Options {
         };
         let options = Self {
             forward: word("forward", FORWARD, &[])?,
-            scheduler: word("scheduler", SCHEDULER, &["least-connections", "random"])?,
+            scheduler: word("scheduler", SCHEDULER, &[])?,
             on_backend_down: word("on_backend_down", ON_BACKEND_DOWN, &["reschedule"])?,
             on_no_backend: word("on_no_backend", ON_NO_BACKEND, &[])?,
             track: section
@@ -642,6 +650,7 @@ impl Service {
     /// table changes.
     #[must_use]
     pub fn is_stateless(&self) -> bool {
-        !self.track_all && records_all(self.forward, self.scheduler, self.connect_timeout).is_none()
+        let (mode, limit) = (self.forward, self.connect_timeout);
+        !self.track_all && records_all(mode, self.scheduler, limit, &self.backends).is_none()
     }
 }

@@ -188,6 +188,10 @@ fn room(
         let slots = scheduler::slots(service.scheduler, &weights)
             .map_err(|error| refuse(root, service, placed.name, &error.to_string()))?;
         total += u64::from(slots);
+        // A slot each, for when the backend that was picked is full.
+        if service.backends.iter().any(|b| b.max_connections != 0) {
+            total += service.backends.len() as u64;
+        }
     }
     // New tables are written while the old ones are still in use, and a reload may replace all.
     let needed = 2 * total;

@@ -811,10 +811,12 @@ fn wanted(
         backends: service
             .backends
             .iter()
-            .map(|backend| reconcile::Backend {
+            .zip(service.weights())
+            .map(|(backend, weight)| reconcile::Backend {
                 address: backend.config().address,
-                weight: backend.effective_weight(),
+                weight,
                 configured_weight: backend.config().weight,
+                max_connections: backend.config().max_connections,
                 alive: backend.may_keep_flows(),
             })
             .collect(),

@@ -63,7 +63,7 @@ impl Daemon {
                 continue;
             }
             let key = service.key();
-            for backend in &service.backends {
+            for (backend, effective_weight) in service.backends.iter().zip(service.weights()) {
                 let address = backend.config().address;
                 let traffic = match self.reconciler.backend_number(&key, &address) {
                     Some(number) => {
@@ -81,7 +81,7 @@ impl Daemon {
                     name: backend.config().name.clone(),
                     address: Endpoint(address).to_string(),
                     weight: backend.config().weight,
-                    effective_weight: backend.effective_weight(),
+                    effective_weight,
                     admin: backend.admin().name().to_owned(),
                     state: backend.state().name().to_owned(),
                     reason: backend.reason(),

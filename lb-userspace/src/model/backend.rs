@@ -175,7 +175,8 @@ impl Backend {
         self.check != Check::None && self.admin != Admin::Maint
     }
 
-    /// The weight in force: 0 unless it takes new flows.
+    /// The weight it has by itself: 0 unless it takes new flows. Of a backup that is held back
+    /// [`super::Service::weights`] knows.
     #[must_use]
     pub fn effective_weight(&self) -> u32 {
         match (self.admin, self.state) {

@@ -113,7 +113,21 @@ impl Service {
         ServiceKey::from(&self.config)
     }
 
-    /// Backends that take new flows.
+    /// The weight in force of each backend: 0 for a backup while another takes new flows.
+    pub fn weights(&self) -> impl Iterator<Item = u32> + '_ {
+        let is_primary = |b: &&Backend| !b.config().backup;
+        let primaries = self.backends.iter().filter(is_primary);
+        let in_reserve = primaries.map(Backend::effective_weight).any(|w| w > 0);
+        self.backends.iter().map(move |backend| {
+            if in_reserve && backend.config().backup {
+                0
+            } else {
+                backend.effective_weight()
+            }
+        })
+    }
+
+    /// Backends that take new flows, or would if they were no backups.
     #[must_use]
     pub fn backends_up(&self) -> usize {
         self.backends

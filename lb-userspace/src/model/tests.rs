@@ -446,3 +446,30 @@ fn backends_of_a_range_that_is_resized_keep_their_state() {
     let new = key(Ports::Range(90, 99));
     assert_eq!(model.backend(new).unwrap().state(), State::Starting);
 }
+
+#[test]
+fn a_backup_takes_new_flows_only_while_no_other_backend_does() {
+    let now = Instant::now();
+    let text = TEXT.replace("weight = 4", "weight = 4\nbackup = true");
+    let mut model = Model::new();
+    model.configure(&config(&text).services, now);
+    for address in model.addresses() {
+        model.set_path(address, Path::Open, |_| None, now);
+    }
+    let b = key(80, "10.0.0.12:80");
+    let weights = |model: &Model| model.services()[0].weights().collect::<Vec<_>>();
+    model.check_result(b, result(true), now);
+    assert_eq!(weights(&model), [0, 4], "nothing is known of the other yet");
+    model.check_result(a(), result(true), now);
+    assert_eq!(weights(&model), [6, 0]);
+    for _ in 0..3 {
+        model.check_result(a(), result(false), now);
+    }
+    assert_eq!(weights(&model), [0, 4]);
+    for _ in 0..2 {
+        model.check_result(a(), result(true), now);
+    }
+    assert_eq!(weights(&model), [6, 0]);
+    model.set_admin(a(), Admin::Drain, now);
+    assert_eq!(weights(&model), [0, 4], "a drained one takes no new flows");
+}

@@ -9,10 +9,12 @@ use crate::{
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
     addr::{from_ipv4, from_ipv6},
+    backend::Load,
     service::{Service, ServiceKey, Vip},
 };
 use std::{
     collections::HashMap,
+    mem::offset_of,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::RangeInclusive,
     sync::atomic::Ordering,
@@ -44,6 +46,16 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
             maps.backend_stats.reset(*number)?;
             maps.backend_load
                 .store(*number, bytemuck::Zeroable::zeroed());
+        }
+        Op::Share {
+            number,
+            weight,
+            max_connections,
+        } => {
+            let share = Load::pack_share(*weight, *max_connections);
+            maps.backend_load
+                .atomic_u64(*number, offset_of!(Load, weight))
+                .store(share, Ordering::Release);
         }
         Op::Backend { number, record } => {
             maps.backends.store(*number, *record);
@@ -118,7 +130,9 @@ fn describe(op: &Op) -> String {
     match op {
         Op::Lanes { element, .. } => format!("map address_filter: element {element}"),
         Op::ResetService { number } => format!("map service_stats: service {number}"),
-        Op::ResetBackend { number } => format!("map backend_stats: backend {number}"),
+        Op::ResetBackend { number } | Op::Share { number, .. } => {
+            format!("counters of backend {number}")
+        }
         Op::Backend { number, .. } => format!("map backends: backend {number}"),
         Op::Slots { first, .. } | Op::Reslot { first, .. } => {
             format!("map slots: table at {first}")
@@ -160,8 +174,9 @@ pub fn find(maps: &Maps) -> Result<Found> {
         .filter(|(_, number)| *number < maps.services.len())
         .map(|(_, number)| (*number, maps.services.read(*number)))
         .collect::<HashMap<_, _>>();
-    for record in found.records.values() {
-        let (first, len) = Service::unpack_table(record.table);
+    let tables = |record: &Service| [record.table, record.members];
+    for table in found.records.values().flat_map(tables) {
+        let (first, len) = Service::unpack_table(table);
         if first
             .checked_add(len)
             .is_some_and(|end| end <= maps.slots.len())

@@ -17,8 +17,8 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, NO_BACKEND, Slot},
     filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP},
     service::{
-        SERVICE_STATELESS, Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward,
-        scheduler as schedulers,
+        SERVICE_LIMITED, SERVICE_STATELESS, Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD,
+        forward, scheduler as schedulers,
     },
 };
 use std::{
@@ -66,6 +66,8 @@ pub struct Backend {
     pub weight: u32,
     /// Weight configured.
     pub configured_weight: u32,
+    /// Most connections it may hold; 0: no limit.
+    pub max_connections: u32,
     /// Whether it keeps the flows it has.
     pub alive: bool,
 }
@@ -113,6 +115,15 @@ pub enum Op {
         number: u32,
         /// What it becomes.
         record: BackendRecord,
+    },
+    /// Writes what a backend's load is judged by, and leaves its counters alone.
+    Share {
+        /// Backend number.
+        number: u32,
+        /// Weight in force.
+        weight: u32,
+        /// Most connections it may hold; 0: no limit.
+        max_connections: u32,
     },
     /// Writes a selection table.
     Slots {
@@ -188,6 +199,8 @@ struct Held {
     pool: Option<Vec<Member>>,
     /// Hash of the table's content.
     digest: u64,
+    /// Hash of the list of members.
+    members_digest: u64,
     /// What of the table changed lately, in a stateless service.
     delta: Option<Delta>,
     /// How long a flow of it may be silent.
@@ -201,6 +214,8 @@ struct Held {
 struct HeldBackend {
     number: u32,
     record: BackendRecord,
+    /// Weight in force and most connections; `None` for one that was found in adopted maps.
+    share: Option<(u32, u32)>,
     /// Bits of the filter that its flows may need.
     lanes: HashSet<(IpAddr, u8)>,
     /// No longer configured; stays until its flows are gone.
@@ -215,6 +230,14 @@ struct Draft<'a> {
     pool: Vec<Member>,
     new_backends: Vec<(SocketAddr, u32)>,
     table: Option<NewTable>,
+    /// The list of members where it has changed; empty where none is needed.
+    members: Option<NewMembers>,
+}
+
+struct NewMembers {
+    region: Region,
+    members: Vec<u32>,
+    digest: u64,
 }
 
 struct NewTable {
@@ -298,8 +321,7 @@ impl Reconciler {
             let record = found.records.get(number).copied();
             let claimed = record.is_some_and(|record| {
                 self.service_numbers.claim(*number)
-                    && self.space.claim(region_of(record.table))
-                    && self.space.claim(region_of(record.previous_table))
+                    && tables_of(&record).all(|region| self.space.claim(region))
             });
             let Some(record) = record.filter(|_| claimed) else {
                 ops.extend(runs.iter().map(|id| Op::Withdraw { id: *id }));
@@ -314,10 +336,17 @@ impl Reconciler {
                     ops.push(Op::Withdraw { id: *run });
                 }
             }
-            let (first, _) = ServiceRecord::unpack_table(record.table);
-            let slots = found.tables.get(&first).cloned().unwrap_or_default();
-            let owners: Vec<u32> = slots.iter().map(|slot| slot.backend).collect();
-            let digest = digest_of(&owners);
+            let owners_in = |table: u64| -> Vec<u32> {
+                let slots = found.tables.get(&region_of(table).first);
+                let slots = slots.filter(|_| table != 0).into_iter().flatten();
+                slots.map(|slot| slot.backend).collect()
+            };
+            let slots = found
+                .tables
+                .get(&region_of(record.table).first)
+                .cloned()
+                .unwrap_or_default();
+            let digest = digest_of(&owners_in(record.table));
             let stateless = record.flags & SERVICE_STATELESS != 0;
             let replaced = region_of(record.previous_table);
             self.services.insert(
@@ -328,6 +357,7 @@ impl Reconciler {
                     backends: HashMap::new(),
                     pool: None,
                     digest,
+                    members_digest: digest_of(&owners_in(own_members(&record))),
                     delta: stateless.then(|| Delta::adopt(slots, replaced)),
                     idle_timeout: Duration::ZERO,
                     is_marked: stateless,
@@ -371,6 +401,7 @@ impl Reconciler {
                 HeldBackend {
                     number,
                     record,
+                    share: None,
                     lanes,
                     retiring: false,
                 },
@@ -542,8 +573,11 @@ impl Reconciler {
             pool: Vec::new(),
             new_backends: Vec::new(),
             table: None,
+            members: None,
         };
-        let result = self.fill(&mut draft, now);
+        let result = self
+            .fill(&mut draft, now)
+            .and_then(|()| self.fill_members(&mut draft, now));
         if result.is_err() {
             self.discard(&draft);
         }
@@ -613,14 +647,7 @@ impl Reconciler {
         }
         let mut region = None;
         if !stays || owners.len() != len_before {
-            let len = u32::try_from(owners.len()).unwrap_or(u32::MAX);
-            region = Some(self.space.take(len, now).ok_or_else(|| {
-                anyhow!(
-                    "service {:?}: no room for a table of {len} slots; raise limits.slots above {}",
-                    wanted.name,
-                    self.space.total()
-                )
-            })?);
+            region = Some(self.room(wanted, owners.len(), now)?);
         }
         draft.table = Some(NewTable {
             region,
@@ -628,6 +655,40 @@ impl Reconciler {
             digest,
         });
         Ok(())
+    }
+
+    /// The list of members, where the service needs one that is not its table.
+    fn fill_members(&mut self, draft: &mut Draft<'_>, now: Instant) -> Result<()> {
+        let wanted = draft.wanted;
+        let members = if is_limited(wanted) && !looks_at_members(wanted) {
+            scheduler::members(&draft.pool)
+        } else {
+            Vec::new()
+        };
+        let digest = digest_of(&members);
+        let held = self.services.get(&wanted.id);
+        let before = held.map_or_else(|| digest_of(&[]), |held| held.members_digest);
+        if before != digest {
+            let region = self.room(wanted, members.len(), now)?;
+            draft.members = Some(NewMembers {
+                region,
+                members,
+                digest,
+            });
+        }
+        Ok(())
+    }
+
+    /// Room for a table of `len` slots.
+    fn room(&mut self, wanted: &Service, len: usize, now: Instant) -> Result<Region> {
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        self.space.take(len, now).ok_or_else(|| {
+            anyhow!(
+                "service {:?}: no room for a table of {len} slots; raise limits.slots above {}",
+                wanted.name,
+                self.space.total()
+            )
+        })
     }
 
     /// Gives back what a draft has taken.
@@ -638,7 +699,9 @@ impl Reconciler {
         for (_, number) in &draft.new_backends {
             self.backend_numbers.give_back(*number);
         }
-        if let Some(region) = draft.table.as_ref().and_then(|table| table.region) {
+        let table = draft.table.as_ref().and_then(|table| table.region);
+        let members = draft.members.as_ref().map(|members| members.region);
+        for region in table.into_iter().chain(members) {
             self.space.put_back(region);
         }
     }
@@ -661,6 +724,7 @@ impl Reconciler {
                 backends: HashMap::new(),
                 pool: None,
                 digest: 0,
+                members_digest: digest_of(&[]),
                 delta: None,
                 idle_timeout: Duration::ZERO,
                 is_marked: false,
@@ -678,24 +742,33 @@ impl Reconciler {
                         generation,
                         ..bytemuck::Zeroable::zeroed()
                     },
+                    share: None,
                     lanes: HashSet::new(),
                     retiring: false,
                 },
             );
         }
-        let configured: HashMap<SocketAddr, bool> = wanted
+        let configured: HashMap<SocketAddr, &Backend> = wanted
             .backends
             .iter()
-            .map(|backend| (backend.address, backend.alive))
+            .map(|backend| (backend.address, backend))
             .collect();
         for (address, backend) in &mut held.backends {
-            let alive = configured.get(address);
-            backend.retiring = alive.is_none();
+            let configured = configured.get(address);
+            backend.retiring = configured.is_none();
+            let share = configured.map_or((0, 0), |b| (b.weight, b.max_connections));
+            if backend.share.replace(share) != Some(share) {
+                ops.push(Op::Share {
+                    number: backend.number,
+                    weight: share.0,
+                    max_connections: share.1,
+                });
+            }
             let record = backend_record(
                 (held.number, wanted.forward),
                 *address,
                 hop(address.ip()),
-                alive.copied().unwrap_or(true),
+                configured.is_none_or(|backend| backend.alive),
                 &backend.record,
             );
             let source = to_ip(record.family, &record.source);
@@ -716,12 +789,33 @@ impl Reconciler {
         if let Some(table) = draft.table {
             self.put_table(&mut held, table, wanted, now, ops);
         }
+        let mut members = own_members(&before);
+        if let Some(NewMembers {
+            region,
+            members: numbers,
+            digest,
+        }) = draft.members
+        {
+            self.space.release(region_of(members), now);
+            members = pack(region);
+            held.members_digest = digest;
+            ops.push(Op::Slots {
+                first: region.first,
+                slots: numbers.into_iter().map(Slot::settled).collect(),
+            });
+        }
+        if looks_at_members(wanted) {
+            members = held.record.table;
+        }
         held.pool = Some(draft.pool);
         let record = ServiceRecord {
             table: held.record.table,
             previous_table: held.record.previous_table,
+            members,
             flags: if wanted.stateless {
                 SERVICE_STATELESS
+            } else if is_limited(wanted) {
+                SERVICE_LIMITED
             } else {
                 0
             },
@@ -918,9 +1012,9 @@ impl Reconciler {
             number: held.number,
             record: bytemuck::Zeroable::zeroed(),
         });
-        self.space.release(region_of(held.record.table), now);
-        self.space
-            .release(region_of(held.record.previous_table), now);
+        for region in tables_of(&held.record) {
+            self.space.release(region, now);
+        }
         if held.is_marked {
             ops.extend(lanes(self.filter.remove(address, LANE_STATELESS)));
         }
@@ -962,6 +1056,32 @@ impl Reconciler {
         *generation = generation.wrapping_add(1);
         *generation
     }
+}
+
+/// Whether a backend of the service has a limit.
+fn is_limited(service: &Service) -> bool {
+    service.backends.iter().any(|b| b.max_connections != 0)
+}
+
+/// Whether the selection table is the list of members.
+fn looks_at_members(service: &Service) -> bool {
+    service.scheduler == schedulers::LEAST_CONNECTIONS
+}
+
+/// The list of members that is not the selection table; 0 if there is none.
+fn own_members(record: &ServiceRecord) -> u64 {
+    if record.members == record.table {
+        0
+    } else {
+        record.members
+    }
+}
+
+/// The slots that a service has in use.
+fn tables_of(record: &ServiceRecord) -> impl Iterator<Item = Region> + use<> {
+    [record.table, record.previous_table, own_members(record)]
+        .into_iter()
+        .map(region_of)
 }
 
 fn lanes(change: Option<(u32, u64)>) -> Option<Op> {

@@ -72,10 +72,18 @@ fn names() -> String {
 /// the configuration.
 pub fn build(scheduler: u8, pool: &[Member]) -> Result<Vec<u32>, Error> {
     match scheduler {
-        scheduler::ROUND_ROBIN => round_robin::build(pool),
+        scheduler::ROUND_ROBIN | scheduler::RANDOM => round_robin::build(pool),
+        scheduler::LEAST_CONNECTIONS => Ok(members(pool)),
         scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::build(pool),
         unknown => Err(Error::Unknown(unknown)),
     }
+}
+
+/// One slot for each member with a weight in force, whatever the weight: what `least-connections`
+/// looks at, and every scheduler when the backend it picked is full.
+pub fn members(pool: &[Member]) -> Vec<u32> {
+    let with_weight = pool.iter().filter(|member| member.weight > 0);
+    with_weight.map(|member| member.backend).collect()
 }
 
 /// The slots that a table of backends with these configured weights may come to, or why there is
@@ -84,7 +92,9 @@ pub fn build(scheduler: u8, pool: &[Member]) -> Result<Vec<u32>, Error> {
 /// Whatever part of the pool is in force, its table has no more slots than this.
 pub fn slots(scheduler: u8, configured_weights: &[u32]) -> Result<u32, Error> {
     match scheduler {
-        scheduler::ROUND_ROBIN => round_robin::slots(configured_weights),
+        scheduler::ROUND_ROBIN | scheduler::RANDOM => round_robin::slots(configured_weights),
+        scheduler::LEAST_CONNECTIONS => u32::try_from(configured_weights.len())
+            .map_err(|_| Error::TooManyMembers(configured_weights.len())),
         scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::slots(configured_weights),
         unknown => Err(Error::Unknown(unknown)),
     }
@@ -101,7 +111,7 @@ mod tests {
         assert_eq!(build(77, &[]), Err(error.clone()));
         assert_eq!(
             error.to_string(),
-            "scheduler number 77 is unknown; one of maglev, round-robin, source-hash is meant"
+            "scheduler number 77 is unknown; one of maglev, round-robin, source-hash, least-connections, random is meant"
         );
     }
 

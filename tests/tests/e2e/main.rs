@@ -11,6 +11,7 @@ mod local_clients;
 mod modes;
 mod nexthops;
 mod path_mtu;
+mod placement;
 mod support;
 mod timeouts;
 mod traffic;

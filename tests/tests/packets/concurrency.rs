@@ -147,3 +147,40 @@ fn the_same_flows_on_all_cpus_are_counted_once() {
         }
     }
 }
+
+/// Two CPUs that look at the same time may pick the same backend, so each may be off by one.
+#[test]
+fn least_connections_and_limits_hold_for_all_cpus_together() {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let syns = || lists(|cpu, n| first_packet(Family::V4, TCP, cpu, n));
+    let total = (CPUS * EACH) as u64;
+
+    let mut balancer = Balancer::new(vec![
+        service(Family::V4, TCP, VIP, 80)
+            .scheduler(scheduler::LEAST_CONNECTIONS)
+            .backend(BACKEND_1, 8080, 3)
+            .backend(BACKEND_2, 8080, 1),
+    ]);
+    balancer.run_parallel(&syns());
+    let load = balancer.counts().load;
+    assert_eq!(load[&1].1 + load[&2].1, total);
+    assert!(load[&1].1.abs_diff(total * 3 / 4) <= cpus, "{load:?}");
+
+    let most = 100;
+    let mut balancer = Balancer::new(vec![
+        service(Family::V4, TCP, VIP, 80)
+            .backend(BACKEND_1, 8080, 1)
+            .last(|b| b.max_connections = most)
+            .backend(BACKEND_2, 8080, 1)
+            .last(|b| b.max_connections = most),
+    ]);
+    let before = balancer.counts();
+    balancer.run_parallel(&syns());
+    let counts = balancer.counts().since(&before);
+    let held = counts.load[&1].1 + counts.load[&2].1;
+    let most = u64::from(most);
+    for load in counts.load.values() {
+        assert!((most..most + cpus).contains(&load.1), "{:?}", counts.load);
+    }
+    assert_eq!(counts.drops["backend_full"], total - held);
+}

@@ -1,9 +1,17 @@
 //! Which backend a new flow gets.
 
-use lb_common::service::scheduler;
+use lb_common::{
+    addr::from_ip,
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
+    filter,
+    service::{Service, ServiceKey, forward, on_no_backend, scheduler},
+    stats::DropReason,
+};
 use sluice_tests::{
-    harness::{Balancer, TCP, UDP, Verdict, service, v4, v6},
-    packet::{BACKEND_1, BACKEND_2, BACKEND_3, CLIENT, Family, Host, Packet, VIP, tcp, udp},
+    harness::{Balancer, Counts, Expected, TCP, UDP, Verdict, service, v4, v6},
+    packet::{
+        BACKEND_1, BACKEND_2, BACKEND_3, CLIENT, Family, Host, Packet, VIP, reset_for, tcp, udp,
+    },
 };
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -209,5 +217,215 @@ fn a_backend_of_weight_zero_keeps_its_flows_and_gets_no_new_ones() {
                 "new flows go elsewhere"
             );
         }
+    }
+}
+
+/// A connection from a client of its own; the number of the backend it went to.
+fn connect(balancer: &mut Balancer, family: Family, n: u16) -> u32 {
+    let from = client(family, n);
+    place(
+        balancer,
+        &tcp(family).from(from, 1000 + n).to(VIP, 80).syn(),
+    )
+}
+
+fn held(balancer: &Balancer, backends: u32) -> Vec<u64> {
+    let load = |n| balancer.counts().load.get(&n).copied().unwrap_or((0, 0));
+    (1..=backends).map(|n| load(n).0 + load(n).1).collect()
+}
+
+#[test]
+fn least_connections_evens_out_what_backends_hold() {
+    for family in Family::BOTH {
+        let backends = [(BACKEND_1, 1), (BACKEND_2, 1), (BACKEND_3, 1)];
+        let mut balancer = balancer(family, TCP, scheduler::LEAST_CONNECTIONS, &backends);
+        for n in 0..9 {
+            connect(&mut balancer, family, n);
+        }
+        assert_eq!(held(&balancer, 3), [3, 3, 3], "nine over three");
+
+        // The connections of the first backend end: it gets the next ones until it is even again.
+        for flow in balancer.flows(family) {
+            if flow.backend == 1 && !flow.from_backend {
+                balancer.send(&tcp(family).from(flow.src.0, flow.src.1).to(VIP, 80).rst());
+            }
+        }
+        for n in 100..103 {
+            assert_eq!(connect(&mut balancer, family, n), 1, "it holds none");
+        }
+        let next: std::collections::BTreeSet<u32> = (103..106)
+            .map(|n| connect(&mut balancer, family, n))
+            .collect();
+        assert_eq!(next.len(), 3, "among equals each has its turn");
+    }
+}
+
+#[test]
+fn least_connections_follows_the_weights() {
+    let backends = [(BACKEND_1, 6), (BACKEND_2, 4)];
+    let mut balancer = balancer(Family::V4, TCP, scheduler::LEAST_CONNECTIONS, &backends);
+    for n in 0..100 {
+        connect(&mut balancer, Family::V4, n);
+    }
+    assert_eq!(held(&balancer, 2), [60, 40]);
+}
+
+/// A look at each of a thousand, and more: no step is left out.
+#[test]
+fn least_connections_looks_at_a_thousand_backends() {
+    const MANY: u32 = 1200;
+    let limits = sluice::config::Limits {
+        flows: 4096,
+        services: 4,
+        backends: MANY,
+        slots: 4096,
+        ..sluice::config::Limits::DEFAULT
+    };
+    let settings = lb_common::abi::Settings {
+        nat_port_first: 20000,
+        nat_port_last: 29999,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    let dataplane = sluice::dataplane::Dataplane::load_unpinned(&limits, settings).unwrap();
+    let maps = &dataplane.maps;
+    let vip = from_ip(VIP.ip(Family::V4))[0];
+    let (element, shift) = filter::place(filter::lane_of(vip));
+    maps.address_filter.atomic_u64(element, 0).store(
+        u64::from(filter::LANE_VIP) << shift,
+        std::sync::atomic::Ordering::Relaxed,
+    );
+    let mut slots = Vec::new();
+    for number in 1..=MANY {
+        let [_, _, high, low] = number.to_be_bytes();
+        let backend = Backend {
+            addr: from_ip(IpAddr::from([198, 18, high, low])),
+            service: 1,
+            generation: 1,
+            port: 80_u16.to_be(),
+            ifindex: 1,
+            family: lb_common::addr::FAMILY_V4,
+            flags: BACKEND_ALIVE | BACKEND_RESOLVED,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        maps.backends.store(number, backend);
+        let load = Load {
+            held: 5,
+            weight: 1,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        maps.backend_load.store(number, load);
+        slots.push(Slot::settled(number));
+    }
+    maps.slots.write_slice(0, &slots);
+    let members = Service::pack_table(0, MANY);
+    let service = Service {
+        table: members,
+        members,
+        forward: forward::DSR,
+        scheduler: scheduler::LEAST_CONNECTIONS,
+        ..bytemuck::Zeroable::zeroed()
+    };
+    maps.services.store(1, service);
+    maps.services4
+        .insert(&ServiceKey::new(vip, 80_u16.to_be(), TCP), &1)
+        .unwrap();
+    for lonely in [1, 2, 600, MANY - 1, MANY] {
+        let held = maps.backend_load.atomic_u64(lonely, 16);
+        held.store(4, std::sync::atomic::Ordering::Relaxed);
+        let packet = tcp(Family::V4)
+            .from(CLIENT, lonely as u16)
+            .to(VIP, 80)
+            .syn();
+        dataplane.test_run(&packet.build(), 1, 1).unwrap();
+        assert_eq!(
+            maps.backend_load.read(lonely).held,
+            5,
+            "backend {lonely} held one less than the others"
+        );
+    }
+}
+
+#[test]
+fn random_prefers_the_backend_that_holds_less_and_follows_the_weights() {
+    let backends = [(BACKEND_1, 1), (BACKEND_2, 2), (BACKEND_3, 1)];
+    let mut balancer = balancer(Family::V4, TCP, scheduler::RANDOM, &backends);
+    for n in 0..800 {
+        connect(&mut balancer, Family::V4, n);
+    }
+    let held = held(&balancer, 3);
+    // Two choices keep the difference at a few connections, where one would leave a standard
+    // deviation of 13.
+    for (held, expected) in held.iter().zip([200, 400, 200]) {
+        assert!(held.abs_diff(expected) < 20, "{held:?} of {expected}");
+    }
+}
+
+#[test]
+fn a_full_backend_is_passed_over() {
+    for scheduler in [
+        scheduler::ROUND_ROBIN,
+        scheduler::MAGLEV,
+        scheduler::SOURCE_HASH,
+        scheduler::LEAST_CONNECTIONS,
+        scheduler::RANDOM,
+    ] {
+        for family in Family::BOTH {
+            let backends = [(BACKEND_1, 5), (BACKEND_2, 1), (BACKEND_3, 1)];
+            let mut balancer = balancer(family, TCP, scheduler, &backends);
+            balancer.change(1, |s| {
+                for (backend, most) in s.backends.iter_mut().zip([2, 3, 4]) {
+                    backend.max_connections = most;
+                }
+            });
+            for n in 0..9 {
+                connect(&mut balancer, family, n);
+            }
+            assert_eq!(held(&balancer, 3), [2, 3, 4], "scheduler {scheduler}");
+            let packet = tcp(family).from(CLIENT, 9).to(VIP, 80).syn();
+            let counts = Counts {
+                load: balancer.counts().load,
+                ..Counts::default()
+            };
+            balancer.check(
+                "with all of them full",
+                &packet,
+                &Expected::sent(&reset_for(&packet)),
+                &counts.drop(DropReason::BackendFull, 1),
+            );
+            // One ends, and its place is taken.
+            let flows = balancer.flows(family);
+            let one = flows
+                .iter()
+                .find(|f| f.backend == 2 && !f.from_backend)
+                .expect("the second backend has flows");
+            balancer.send(&tcp(family).from(one.src.0, one.src.1).to(VIP, 80).rst());
+            assert_eq!(
+                connect(&mut balancer, family, 300),
+                2,
+                "the only one with room"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_meets_only_full_backends_is_treated_as_on_no_backend_says() {
+    for (what, expected) in [
+        (on_no_backend::DROP, Expected::Dropped),
+        (on_no_backend::PASS, Expected::Passed),
+    ] {
+        let mut balancer = balancer(Family::V4, UDP, scheduler::MAGLEV, &[(BACKEND_1, 1)]);
+        balancer.change(1, |s| {
+            s.on_no_backend = what;
+            s.backends[0].max_connections = 1;
+        });
+        place(&mut balancer, &udp(Family::V4).from(CLIENT, 1).to(VIP, 80));
+        let packet = udp(Family::V4).from(CLIENT, 2).to(VIP, 80);
+        let counts = Counts::default().load(1, 1, 0);
+        let counts = match what {
+            on_no_backend::PASS => counts,
+            _ => counts.drop(DropReason::BackendFull, 1),
+        };
+        balancer.check("a second flow", &packet, &expected, &counts);
     }
 }

@@ -19,6 +19,8 @@ struct Fake {
     backends: BTreeMap<u32, BackendRecord>,
     services: BTreeMap<u32, ServiceRecord>,
     slots: BTreeMap<u32, Slot>,
+    /// Weight and most connections of each backend.
+    shares: BTreeMap<u32, (u32, u32)>,
     /// By VIP, port and protocol; port 0 is every port.
     keys: BTreeMap<(IpAddr, u16, Protocol), u32>,
     vips: BTreeMap<IpAddr, u32>,
@@ -32,6 +34,13 @@ impl Fake {
                 self.lanes.insert(*element, *value);
             }
             Op::ResetService { .. } | Op::ResetBackend { .. } => {}
+            Op::Share {
+                number,
+                weight,
+                max_connections,
+            } => {
+                self.shares.insert(*number, (*weight, *max_connections));
+            }
             Op::Backend { number, record } => {
                 self.backends.insert(*number, *record);
             }
@@ -75,8 +84,10 @@ impl Fake {
     fn check(&self, op: &Op) {
         for ((ip, port, _), number) in &self.keys {
             let service = &self.services[number];
-            let (first, len) = ServiceRecord::unpack_table(service.table);
-            for slot in first..first + len {
+            for slot in [service.table, service.members].iter().flat_map(|table| {
+                let (first, len) = ServiceRecord::unpack_table(*table);
+                first..first + len
+            }) {
                 let slot_now = self.slots[&slot];
                 let backend = slot_now.unrecorded();
                 assert_ne!(backend, NO_BACKEND, "after {op:?}");
@@ -112,8 +123,10 @@ impl Fake {
         let tables = self
             .services
             .values()
-            .map(|service| {
-                let (first, len) = ServiceRecord::unpack_table(service.table);
+            .flat_map(|service| [service.table, service.members])
+            .filter(|table| *table != 0)
+            .map(|table| {
+                let (first, len) = ServiceRecord::unpack_table(table);
                 let slots = (first..first + len).map(|slot| self.slots[&slot]);
                 (first, slots.collect())
             })
@@ -175,6 +188,7 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
             .map(|(host, weight)| Backend {
                 address: SocketAddr::from(([198, 18, 0, *host], 8080)),
                 weight: *weight,
+                max_connections: 0,
                 configured_weight: (*weight).max(1),
                 alive: *weight > 0,
             })
@@ -222,7 +236,8 @@ fn one_backend_less_writes_one_table_and_one_pointer() {
     wanted.backends[1].weight = 0;
     let ops = reconciler.plan(&[wanted], &[], hop, now).unwrap();
     assert!(
-        matches!(&ops[..], [Op::Slots { slots, .. }, Op::Service { .. }] if slots.len() == 1),
+        matches!(&ops[..], [Op::Share { weight: 0, .. }, Op::Slots { slots, .. }, Op::Service { .. }]
+            if slots.len() == 1),
         "{ops:?}"
     );
 }
@@ -442,13 +457,22 @@ fn listeners() -> impl Strategy<Value = Vec<ServiceKey>> {
 
 fn wishes() -> impl Strategy<Value = Vec<Service>> {
     let backends = prop::collection::btree_map(1_u8..8, 0_u32..4, 0..6);
-    let pools = prop::collection::vec(backends, 7);
+    let scheduler = prop_oneof![
+        Just(schedulers::ROUND_ROBIN),
+        Just(schedulers::LEAST_CONNECTIONS)
+    ];
+    let pools = prop::collection::vec((backends, scheduler, 0_u32..2), 7);
     (listeners(), pools).prop_map(|(listeners, pools)| {
-        let pools = pools
-            .into_iter()
-            .map(|pool| pool.into_iter().collect::<Vec<_>>());
         let services = listeners.into_iter().zip(pools);
-        services.map(|(id, pool)| service_on(id, &pool)).collect()
+        let service = |(id, (pool, scheduler, limit)): (_, (BTreeMap<u8, u32>, u8, u32))| {
+            let mut service = service_on(id, &pool.into_iter().collect::<Vec<_>>());
+            service.scheduler = scheduler;
+            if let Some(backend) = service.backends.first_mut() {
+                backend.max_connections = limit;
+            }
+            service
+        };
+        services.map(service).collect()
     })
 }
 
@@ -485,11 +509,29 @@ proptest! {
                     let ip = to_ip(record.family, &record.addr);
                     *shares.entry(SocketAddr::new(ip, u16::from_be(record.port))).or_default() += 1;
                 }
+                let limited = service.backends.iter().any(|b| b.max_connections != 0);
+                let (first, len_of_members) = ServiceRecord::unpack_table(fake.services[&number].members);
+                let members: HashSet<u32> = (first..first + len_of_members)
+                    .map(|slot| fake.slots[&slot].backend)
+                    .collect();
+                let with_weight: HashSet<u32> = service.backends.iter()
+                    .filter(|b| b.weight > 0)
+                    .filter(|_| limited || service.scheduler == schedulers::LEAST_CONNECTIONS)
+                    .map(|b| reconciler.backend_number(&service.id, &b.address).unwrap())
+                    .collect();
+                prop_assert_eq!(len_of_members as usize, members.len());
+                prop_assert_eq!(members, with_weight);
                 let total: u32 = service.backends.iter().map(|b| b.weight).sum();
                 for backend in &service.backends {
                     let share = shares.get(&backend.address).copied().unwrap_or(0);
-                    prop_assert_eq!(share * total, backend.weight * len);
+                    if service.scheduler == schedulers::LEAST_CONNECTIONS {
+                        prop_assert_eq!(share, backend.weight.min(1));
+                    } else {
+                        prop_assert_eq!(share * total, backend.weight * len);
+                    }
                     let number = reconciler.backend_number(&service.id, &backend.address);
+                    let share = (backend.weight, backend.max_connections);
+                    prop_assert_eq!(fake.shares[&number.unwrap()], share);
                     let record = fake.backends[&number.unwrap()];
                     prop_assert_eq!(record.flags & BACKEND_ALIVE != 0, backend.alive);
                     let source = to_ip(record.family, &record.source);
