@@ -46,6 +46,10 @@ pub trait Family: Sized {
     type Addr: Address;
     /// Bytes of a network header without options or extensions.
     const HEADER_LEN: usize;
+    /// Offset of the source address.
+    const SRC: usize;
+    /// Offset of the destination address.
+    const DST: usize;
     /// IP protocol number of its ICMP.
     const ICMP: u8;
     /// ICMP type of an echo request.
@@ -91,6 +95,17 @@ pub trait Family: Sized {
     /// backend has its own.
     fn nat_source(settings: &Settings, hash: u32) -> Option<Self::Addr>;
 
+    /// Source and destination.
+    #[inline(always)]
+    fn ends(header: Cursor) -> (Self::Addr, Self::Addr) {
+        (
+            header.read_address(Self::SRC),
+            header.read_address(Self::DST),
+        )
+    }
+    /// The protocol of a packet whose transport header follows directly behind this header;
+    /// `None` of one with options or extension headers, or of a fragment.
+    fn plain_protocol(header: Cursor) -> Option<u8>;
     /// Reads the addresses; nothing is judged yet.
     fn network(frame: &Frame, link: &Link) -> Option<Network<Self>>;
     /// Finds the transport header and judges the network header; of fragments, it takes the first.
@@ -182,6 +197,8 @@ pub struct V6;
 impl Family for V4 {
     type Addr = u32;
     const HEADER_LEN: usize = Ipv4Hdr::LEN;
+    const SRC: usize = offset_of!(Ipv4Hdr, src_addr);
+    const DST: usize = offset_of!(Ipv4Hdr, dst_addr);
     const ICMP: u8 = protocol::ICMP;
     const ECHO_REQUEST: u8 = 8;
     const ECHO_REPLY: u8 = 0;
@@ -247,6 +264,13 @@ impl Family for V4 {
             return None;
         }
         maps::NAT_SOURCES4.get(place).map(lookup::load)
+    }
+
+    #[inline(always)]
+    fn plain_protocol(header: Cursor) -> Option<u8> {
+        let version_ihl: u8 = header.read(offset_of!(Ipv4Hdr, vihl));
+        let fragment = header.read::<u16>(offset_of!(Ipv4Hdr, frags)) & parse::ipv4::FRAGMENT_BITS;
+        (version_ihl == 0x45 && fragment == 0).then(|| header.read(offset_of!(Ipv4Hdr, proto)))
     }
 
     #[inline(always)]
@@ -440,6 +464,8 @@ impl Family for V4 {
 impl Family for V6 {
     type Addr = [u32; 4];
     const HEADER_LEN: usize = Ipv6Hdr::LEN;
+    const SRC: usize = offset_of!(Ipv6Hdr, src_addr);
+    const DST: usize = offset_of!(Ipv6Hdr, dst_addr);
     const ICMP: u8 = protocol::ICMPV6;
     const ECHO_REQUEST: u8 = 128;
     const ECHO_REPLY: u8 = 129;
@@ -511,6 +537,12 @@ impl Family for V6 {
             return None;
         }
         maps::NAT_SOURCES6.get(place).map(lookup::load)
+    }
+
+    #[inline(always)]
+    fn plain_protocol(header: Cursor) -> Option<u8> {
+        let version: u8 = header.read(0);
+        (version >> 4 == 6).then(|| header.read(offset_of!(Ipv6Hdr, next_hdr)))
     }
 
     #[inline(always)]

@@ -4,6 +4,8 @@
 //!
 //! parse → lookup → flow → select → rewrite → forward
 //!
+//! Most packets take the short way through them that [`usual`] has.
+//!
 //! A stage returns what the next one needs, or ends the packet's way with a
 //! [`verdict::Verdict`] carried by `?`. [`verdict::conclude`] is the only place that counts
 //! drops and speaks XDP codes.
@@ -36,6 +38,7 @@ mod rewrite;
 mod select;
 mod stateless;
 mod stats;
+mod usual;
 mod verdict;
 
 use aya_ebpf::{
@@ -45,7 +48,7 @@ use aya_ebpf::{
 };
 use family::{Family, V4, V6};
 use frame::Frame;
-use lb_common::{backend::LOCAL, filter::LANE_STATELESS, stats::DropReason};
+use lb_common::{backend::LOCAL, stats::DropReason};
 use parse::ethernet;
 use verdict::Verdict;
 
@@ -54,7 +57,11 @@ use verdict::Verdict;
 #[xdp(frags)]
 pub fn sluice_xdp(ctx: XdpContext) -> u32 {
     let frame = Frame::new(ctx.ctx);
-    verdict::conclude(&frame, Verdict::of(pipeline(&frame)))
+    let verdict = match usual::balance(&frame) {
+        Some(verdict) => verdict,
+        None => Verdict::of(pipeline(&frame)),
+    };
+    verdict::conclude(&frame, verdict)
 }
 
 /// Decapsulation on a backend, where no balancer runs.
@@ -97,11 +104,6 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
         return F::not_for_us(frame, link, &network);
     }
     let packet = parse::transport::<F>(frame, link, network)?;
-    if lane & LANE_STATELESS != 0
-        && let Some(verdict) = stateless::forward(frame, link, &packet, lane)?
-    {
-        return Ok(verdict);
-    }
     let outgoing = flow::follow(frame, link, &packet, lane)?;
     if packet.first_fragment {
         fragment::open(frame, &packet, &outgoing);

@@ -20,58 +20,38 @@ use lb_common::{
     flow::{DIRECTION_CLIENT, FlowKey},
     hash,
     service::{SERVICE_STATELESS, Service, forward, scheduler},
-    stats::DropReason,
 };
 
 /// Sends the packet, if its service is stateless and its slot settled. `None`: its flow may be
-/// recorded.
+/// recorded, or it cannot be sent.
 #[inline(always)]
 pub fn forward<F: Family>(
     frame: &Frame,
     link: &Link,
     packet: &Packet<F>,
     lane: u8,
-) -> Result<Option<Verdict>, Verdict> {
+) -> Option<Verdict> {
     let key = packet.key();
-    let found = lookup::service::<F>(key.dst, key.dport, packet.protocol, lane);
-    let Some((number, service)) = found else {
-        return Ok(None);
-    };
-    if service.flags & SERVICE_STATELESS == 0
-        || service.previous_table != 0
-        || packet.first_fragment
-    {
-        return Ok(None);
+    let (number, service) = lookup::service::<F>(key.dst, key.dport, packet.protocol, lane)?;
+    if service.flags & SERVICE_STATELESS == 0 || service.previous_table != 0 {
+        return None;
     }
     let flow_hash = hash::flow_hash(&key);
-    let Some(slot) = slot_in(service, service.table(), &key, flow_hash) else {
-        return Ok(None);
-    };
-    if !slot.is_settled() || slot.backend == NO_BACKEND {
-        return Ok(None);
+    let slot = slot_in(service, service.table(), &key, flow_hash)?;
+    if !slot.is_settled() {
+        return None;
     }
-    let Some(backend) = maps::BACKENDS.get(slot.backend) else {
-        return Ok(None);
-    };
-    if backend.flags & BACKEND_RESOLVED == 0 {
-        return Err(Verdict::drop(DropReason::NoNeighbour, number));
-    }
+    let backend = maps::BACKENDS.get(slot.backend)?;
     let mode = service.forward;
-    if mode != forward::DSR && F::hops(packet.network.header) <= 1 {
-        return Err(Verdict::refused(
-            DropReason::TtlExceeded as u8,
-            true,
-            number,
-        ));
+    if backend.flags & BACKEND_RESOLVED == 0
+        || backend.tags != 0
+        || mode != forward::DSR && F::hops(packet.network.header) <= 1
+        || flow::exceeds(packet.packet_len, backend.mtu.into(), frame.ingress())
+    {
+        return None;
     }
-    if flow::exceeds(packet.packet_len, backend.mtu.into(), frame.ingress()) {
-        return Err(Verdict::too_big(backend.mtu, number));
-    }
-    if packet.flags.opens() {
-        stats::count_connection(number, slot.backend);
-    }
-    let (ifindex, tags) = (backend.ifindex, backend.tags);
-    rewrite::redirect(
+    let ifindex = backend.ifindex;
+    let rewritten = rewrite::redirect(
         frame,
         link,
         packet,
@@ -80,10 +60,13 @@ pub fn forward<F: Family>(
         slot.backend,
         &backend.l2,
         flow_hash,
-    )?;
-    rewrite::tags::tag(frame, link, tags, number)?;
-    stats::count_in(number, slot.backend, packet.packet_len.into());
-    Ok(Some(Verdict::leave(frame, ifindex)))
+    );
+    if let Err(dropped) = rewritten {
+        return Some(dropped);
+    }
+    let begins = u64::from(packet.flags.opens());
+    stats::count_placed(number, slot.backend, packet.packet_len.into(), begins);
+    Some(Verdict::leave(frame, ifindex))
 }
 
 /// The slot of a flow in a table.

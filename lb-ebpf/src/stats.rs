@@ -12,6 +12,16 @@ pub fn count_in(service: u32, backend: u32, bytes: u64) {
     });
 }
 
+/// One packet from a client, which begins a connection if `begins` is 1.
+#[inline(always)]
+pub fn count_placed(service: u32, backend: u32, bytes: u64, begins: u64) {
+    both(service, backend, |counters| {
+        counters.connections += begins;
+        counters.packets_in += 1;
+        counters.bytes_in += bytes;
+    });
+}
+
 /// One packet to a client.
 #[inline(always)]
 pub fn count_out(service: u32, backend: u32, bytes: u64) {

@@ -19,7 +19,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use core::mem::offset_of;
 use lb_common::{
     abi::{self, ticks_since},
-    backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
     filter::{LANE_NAT_SOURCE, LANE_VIP},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
     fragment::{Datagram, FragmentKey},
@@ -190,10 +190,7 @@ fn to_client<F: Family>(
         return Err(Verdict::too_big(flow.mtu as u16, flow.service));
     }
     touch(flow, now);
-    if packet
-        .flags
-        .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
-    {
+    if packet.flags.any(TcpFlags::CHANGES) {
         let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.key = flow.opposite(u32::from(packet.protocol));
         work.arrival.flags = packet.flags.0;
@@ -220,13 +217,7 @@ fn to_backend<F: Family>(
     let Some(backend) = maps::BACKENDS.get(flow.backend) else {
         return Err(Verdict::drop(DropReason::NoBackend, flow.service));
     };
-    let steady = STEADY >> (flow.state & 7) & 1 != 0
-        && !packet
-            .flags
-            .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
-        && backend.flags == BACKEND_RESOLVED | BACKEND_ALIVE
-        && u32::from(backend.generation) == flow.generation;
-    if !steady {
+    if packet.flags.any(TcpFlags::CHANGES) || !is_steady(flow, backend) {
         let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.key = *key;
         work.arrival.flags = packet.flags.0;
@@ -247,6 +238,14 @@ fn to_backend<F: Family>(
         ifindex: backend.ifindex,
         tags: backend.tags,
     }))
+}
+
+/// Whether an ordinary packet of a client changes nothing of its flow, and its backend is as it was.
+#[inline(always)]
+pub fn is_steady<A>(flow: &Flow<A>, backend: &Backend) -> bool {
+    STEADY >> (flow.state & 7) & 1 != 0
+        && backend.flags == BACKEND_RESOLVED | BACKEND_ALIVE
+        && u32::from(backend.generation) == flow.generation
 }
 
 /// Whether a packet is too large for a way of this MTU.
@@ -334,7 +333,7 @@ pub fn touch<A>(flow: &mut Flow<A>, now: u32) {
 }
 
 #[inline(always)]
-fn is_nat_port(port: u16) -> bool {
+pub fn is_nat_port(port: u16) -> bool {
     let port = u16::from_be(port);
     maps::SETTINGS
         .get(0)

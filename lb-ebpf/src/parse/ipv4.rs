@@ -6,7 +6,7 @@ use core::mem::offset_of;
 use network_types::ip::Ipv4Hdr;
 
 /// More-fragments flag and fragment offset, as they stand in the frame.
-const FRAGMENT_BITS: u16 = 0x3fff_u16.to_be();
+pub const FRAGMENT_BITS: u16 = 0x3fff_u16.to_be();
 /// Fragment offset.
 pub const OFFSET: u16 = 0x1fff_u16.to_be();
 

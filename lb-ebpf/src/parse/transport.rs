@@ -24,6 +24,8 @@ impl TcpFlags {
     pub const SYN: u8 = 1 << 1;
     pub const RST: u8 = 1 << 2;
     pub const ACK: u8 = 1 << 4;
+    /// Those that may change the state of a connection.
+    pub const CHANGES: u8 = Self::FIN | Self::SYN | Self::RST;
 
     /// Whether any of `flags` is set.
     #[inline(always)]

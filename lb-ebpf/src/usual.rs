@@ -1,0 +1,142 @@
+//! The usual packet: TCP or UDP without VLAN tags, IP options or extension headers, not in
+//! fragments, of a flow in which nothing changes.
+//!
+//! It takes the same steps as any other, with all that is unusual left out: what it meets on its
+//! way fits in a few cache lines of code. `None` means that something is unusual; then nothing has
+//! been changed, and the packet goes the long way from its first byte.
+
+use crate::{
+    family::{Family, V4, V6},
+    flow::{self, Outgoing},
+    forward,
+    frame::Frame,
+    lookup, maps,
+    parse::{Link, Network, Packet, TcpFlags, ethernet, protocol},
+    rewrite, stateless,
+    verdict::Verdict,
+};
+use core::mem::offset_of;
+use lb_common::{
+    filter::{LANE_NAT_SOURCE, LANE_STATELESS},
+    flow::{DIRECTION_BACKEND, Flow},
+};
+use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
+
+/// What becomes of a usual packet.
+#[inline(always)]
+pub fn balance(frame: &Frame) -> Option<Verdict> {
+    let header = frame.start(EthHdr::LEN)?;
+    let link = Link {
+        header,
+        ethertype: header.read(offset_of!(EthHdr, ether_type)),
+        payload: header.skip(EthHdr::LEN),
+        tags: 0,
+    };
+    match link.ethertype {
+        ethernet::IPV4 => balance_ip::<V4>(frame, link),
+        ethernet::IPV6 => balance_ip::<V6>(frame, link),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn balance_ip<F: Family>(frame: &Frame, link: Link) -> Option<Verdict> {
+    let header = frame.check(link.payload, F::HEADER_LEN)?;
+    let protocol = F::plain_protocol(header)?;
+    let (src, dst) = F::ends(header);
+    let lane = lookup::lane::<F>(src, dst);
+    if lane == 0 {
+        let is_ours = protocol != protocol::TCP && protocol != protocol::UDP || F::is_loopback(dst);
+        return (!is_ours).then_some(Verdict::PASS);
+    }
+    let packet = parse::<F>(frame, Network { header, src, dst }, protocol)?;
+    if lane == LANE_NAT_SOURCE && !flow::is_nat_port(packet.dport) {
+        return Some(Verdict::PASS);
+    }
+    if lane & LANE_STATELESS != 0
+        && let Some(verdict) = stateless::forward(frame, &link, &packet, lane)
+    {
+        return Some(verdict);
+    }
+    let outgoing = follow(frame, &packet)?;
+    let sent = rewrite::rewrite(frame, &link, &packet, &outgoing)
+        .and_then(|()| forward::send(frame, &packet, &outgoing));
+    Some(Verdict::of(sent))
+}
+
+/// Offset of data offset and flags in the TCP header.
+const TCP_OFFSET_FLAGS: usize = 12;
+
+/// Reads the transport header.
+#[inline(always)]
+fn parse<F: Family>(frame: &Frame, network: Network<F>, protocol: u8) -> Option<Packet<F>> {
+    let packet_len = F::packet_len(network.header);
+    let transport = network.header.skip(F::HEADER_LEN);
+    let transport_len = packet_len.wrapping_sub(F::HEADER_LEN as u32);
+    if packet_len < F::HEADER_LEN as u32 || packet_len as usize > frame.reach(network.header) {
+        return None;
+    }
+    let mut flags = 0;
+    let (min, len) = if protocol == protocol::TCP {
+        frame.check(transport, TcpHdr::LEN)?;
+        let offset_flags: u16 = transport.read(TCP_OFFSET_FLAGS);
+        flags = (offset_flags >> 8) as u8;
+        (TcpHdr::LEN as u32, u32::from(offset_flags as u8 >> 4) * 4)
+    } else if protocol == protocol::UDP {
+        frame.check(transport, UdpHdr::LEN)?;
+        let len = u16::from_be(transport.read(offset_of!(UdpHdr, len)));
+        (UdpHdr::LEN as u32, u32::from(len))
+    } else {
+        return None;
+    };
+    if len < min || len > transport_len {
+        return None;
+    }
+    Some(Packet {
+        sport: transport.read(0),
+        dport: transport.read(2),
+        network,
+        transport,
+        protocol,
+        flags: TcpFlags(flags),
+        packet_len,
+        transport_len,
+        first_fragment: false,
+    })
+}
+
+/// Finds the packet's flow, if it is recorded and stays as it is.
+#[inline(always)]
+fn follow<F: Family>(frame: &Frame, packet: &Packet<F>) -> Option<Outgoing<F::Addr>> {
+    if packet.flags.any(TcpFlags::CHANGES) || F::hops(packet.network.header) <= 1 {
+        return None;
+    }
+    let key = packet.key();
+    // SAFETY: as in `flow::follow`.
+    let flow: &'static mut Flow<F::Addr> = unsafe { &mut *F::flows().get_ptr_mut(&key)? };
+    let (mtu, tags) = if flow.direction == DIRECTION_BACKEND {
+        (flow.mtu, flow.tags)
+    } else {
+        let backend = maps::BACKENDS.get(flow.backend)?;
+        if !flow::is_steady(flow, backend) {
+            return None;
+        }
+        (backend.mtu.into(), backend.tags)
+    };
+    if tags != 0 || flow::exceeds(packet.packet_len, mtu, frame.ingress()) {
+        return None;
+    }
+    flow::touch(flow, flow::now());
+    let (l2, ifindex) = if flow.direction == DIRECTION_BACKEND {
+        (&flow.l2, flow.ifindex)
+    } else {
+        let backend = maps::BACKENDS.get(flow.backend)?;
+        (&backend.l2, backend.ifindex)
+    };
+    Some(Outgoing {
+        flow,
+        l2,
+        ifindex,
+        tags,
+    })
+}
