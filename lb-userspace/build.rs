@@ -55,20 +55,11 @@ fn run() -> Result<(), String> {
         None => {
             let toolchain = bpf::find()?;
             println!("BPF toolchain: {toolchain}");
-            bpf::build(&toolchain, workspace, &target_dir(&out_dir).join("bpf"))?
+            let target_dir = bpf::target_dir(&out_dir).join("bpf");
+            bpf::build(&toolchain, workspace, &target_dir, "sluice")?
         }
     };
     fs::copy(&object, out_dir.join("sluice.bpf.o"))
         .map(drop)
         .map_err(|error| format!("{}: {error}", object.display()))
-}
-
-/// The target directory that this build writes to: the one all profiles share, so that the object is compiled once.
-///
-/// Cargo does not name it; it marks it with `CACHEDIR.TAG`.
-fn target_dir(out_dir: &Path) -> &Path {
-    out_dir
-        .ancestors()
-        .find(|folder| folder.join("CACHEDIR.TAG").is_file())
-        .unwrap_or(out_dir)
 }

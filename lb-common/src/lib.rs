@@ -12,6 +12,7 @@
 pub mod abi;
 pub mod addr;
 pub mod backend;
+pub mod bench;
 pub mod csum;
 pub mod decap;
 pub mod filter;

@@ -216,14 +216,16 @@ pub fn cargo(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, verb: &
     command
 }
 
-/// Builds the object and returns its path.
+/// Builds an object of `lb-ebpf` and returns its path: `sluice` is the balancer, `sluice-bench` prepares packets for measurements.
 pub fn build(
     toolchain: &Toolchain,
     workspace: &Path,
     target_dir: &Path,
+    object: &str,
 ) -> Result<PathBuf, String> {
     let mut command = cargo(toolchain, workspace, target_dir, "build");
     let status = command
+        .args(["--bin", object])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .status()
@@ -233,12 +235,22 @@ pub fn build(
             "the kernel side did not build ({status}) with {toolchain}"
         ));
     }
-    let object = target_dir.join(TARGET).join("release/sluice");
+    let object = target_dir.join(TARGET).join("release").join(object);
     if object.is_file() {
         Ok(object)
     } else {
         Err(format!("{}: not there after the build", object.display()))
     }
+}
+
+/// The target directory that a build script with this `OUT_DIR` writes to: the one all profiles share, so that the object is compiled once.
+///
+/// Cargo does not name it; it marks it with `CACHEDIR.TAG`.
+pub fn target_dir(out_dir: &Path) -> &Path {
+    out_dir
+        .ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").is_file())
+        .unwrap_or(out_dir)
 }
 
 fn rustflags(linker: &Path) -> OsString {

@@ -1,6 +1,7 @@
-//! `cargo xtask`: set-up, build, demonstration, test and lint of Sluice.
+//! `cargo xtask`: set-up, build, demonstration, test, measurement and lint of Sluice.
 
 mod artifacts;
+mod bench;
 mod bpf;
 mod demo;
 mod leftovers;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Set-up, build, demonstration, test and lint of Sluice
+/// Set-up, build, demonstration, test, measurement and lint of Sluice
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -47,6 +48,13 @@ enum Task {
     },
     /// Run the whole test suite
     Test(test::Options),
+    /// Measure: nanoseconds per packet, as tables and JSON
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// See `cargo xtask bench --help`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Check format, and run clippy on both sides with warnings denied
     Lint,
 }
@@ -57,6 +65,7 @@ fn main() -> ExitCode {
         Task::Build { release } => artifacts::build(release).map(drop),
         Task::Demo { arguments } => demo::command(&arguments),
         Task::Test(options) => test::command(&options),
+        Task::Bench { arguments } => bench::command(&arguments),
         Task::Lint => lint::command(),
     };
     match outcome {

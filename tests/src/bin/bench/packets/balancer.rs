@@ -1,0 +1,213 @@
+//! The balancer that is measured: in the kernel, with services, and attached to nothing.
+
+use super::frame::{Family, Network, PORT};
+use anyhow::Result;
+use bytemuck::Zeroable as _;
+use lb_common::{
+    abi::Settings,
+    addr::Address,
+    flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    service::{Interface, forward, on_backend_down, on_no_backend, scheduler},
+    stats::Counters,
+};
+use sluice::{
+    config::{Limits, Listen, Ports, Protocol},
+    dataplane::Dataplane,
+    model::ServiceKey,
+    reconcile::{Backend, Hop, Reconciler, Service, apply},
+};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+/// The interface packets seem to come from: the kernel attributes them to the loopback interface.
+const INGRESS: u32 = 1;
+
+/// A service to be put into the maps. Its VIP has the number of its place.
+#[derive(Clone, Copy)]
+pub struct Plan {
+    /// Address family of VIP and backends.
+    pub family: Family,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// One of [`lb_common::service::forward`].
+    pub forward: u8,
+    /// One of [`lb_common::service::scheduler`].
+    pub scheduler: u8,
+    /// One of [`on_no_backend`].
+    pub on_no_backend: u8,
+    /// Number of backends.
+    pub backends: u32,
+}
+
+/// The balancer.
+pub struct Balancer {
+    /// Program and maps.
+    pub dataplane: Dataplane,
+    services: u32,
+}
+
+impl Balancer {
+    /// Loads it with room for so many flows, and puts services into its maps.
+    pub fn load(flows: u32, plans: &[Plan]) -> Result<Self> {
+        let limits = Limits {
+            flows,
+            services: 4096,
+            listeners: 65536,
+            backends: 16384,
+            slots: 4 << 20,
+            fragments: 8192,
+        };
+        let settings = Settings {
+            nat_port_first: 1024,
+            nat_port_last: 60999,
+            nat_port_seed: 0x5eed,
+            gue_port: 6080_u16.to_be(),
+            ..Settings::zeroed()
+        };
+        let dataplane = Dataplane::load_unpinned(&limits, settings)?;
+        let mac = [2, 0, 0, 0, 0, 2];
+        let interface = Interface { mac, mtu: 1500 };
+        dataplane.maps.interfaces.insert(&INGRESS, &interface)?;
+        let mut first = 1;
+        let mut services = Vec::new();
+        for (vip, plan) in (0..).zip(plans) {
+            services.push(service(plan, vip, first));
+            first += plan.backends;
+        }
+        let hop = |address: IpAddr| {
+            let family = match address {
+                IpAddr::V4(_) => Family::V4,
+                IpAddr::V6(_) => Family::V6,
+            };
+            Some(Hop {
+                destination: [2, 0, 0, 0, 0, 3],
+                source: mac,
+                ifindex: INGRESS,
+                tags: 0,
+                address: family.address(Network::Hosts, 0),
+                mtu: 1500,
+            })
+        };
+        let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+        let ops = reconciler.plan(&services, &[], hop, Instant::now())?;
+        apply::apply(&dataplane.maps, &ops)?;
+        Ok(Self {
+            dataplane,
+            services: plans.len() as u32,
+        })
+    }
+
+    /// Everything counted so far, of all services; drops also of packets that no service was found for.
+    pub fn counters(&self) -> Result<Counters> {
+        let stats = &self.dataplane.maps.service_stats;
+        let mut total = Counters::default();
+        // With thousands of services one call for all of them is the cheaper way.
+        if self.services > 64 {
+            stats.sums()?.into_iter().for_each(|one| total += one);
+        } else {
+            for number in 1..=self.services {
+                total += stats.sum(number)?;
+            }
+        }
+        total.drops = self.dataplane.maps.drops.sums()?.iter().sum();
+        Ok(total)
+    }
+
+    /// Shows `f` source, destination and ports of every client's flow, and of the answers to it.
+    pub fn flows(&self, family: Family, mut f: impl FnMut(Ends, Ends)) -> Result<()> {
+        let maps = &self.dataplane.maps;
+        match family {
+            Family::V4 => maps
+                .flows4
+                .iter_batches(|key, flow| ends(key, flow, &mut f))?,
+            Family::V6 => maps
+                .flows6
+                .iter_batches(|key, flow| ends(key, flow, &mut f))?,
+        }
+        Ok(())
+    }
+
+    /// Forgets all flows.
+    pub fn clear(&self, family: Family) -> Result<()> {
+        let maps = &self.dataplane.maps;
+        match family {
+            Family::V4 => {
+                let mut keys = Vec::new();
+                maps.flows4.iter_batches(|key, _| keys.push(*key))?;
+                keys.iter()
+                    .try_for_each(|key| maps.flows4.remove(key).map(drop))?;
+            }
+            Family::V6 => {
+                let mut keys = Vec::new();
+                maps.flows6.iter_batches(|key, _| keys.push(*key))?;
+                keys.iter()
+                    .try_for_each(|key| maps.flows6.remove(key).map(drop))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Source, destination and their ports, in network order.
+pub type Ends = ([u32; 4], [u32; 4], u16, u16);
+
+fn ends<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, f: &mut impl FnMut(Ends, Ends)) {
+    if flow.direction == DIRECTION_CLIENT {
+        let of = |key: &FlowKey<A>| (key.src.widen(), key.dst.widen(), key.sport, key.dport);
+        f(of(key), of(&flow.opposite(key.protocol)));
+    }
+}
+
+/// Whether flows are found by hashing their packets again, and not recorded.
+pub const fn is_stateless(mode: u8, by: u8) -> bool {
+    !forward::translates(mode) && scheduler::hashes(by)
+}
+
+fn service(plan: &Plan, vip: u32, first_host: u32) -> Service {
+    let address = |n| SocketAddr::new(plan.family.address(Network::Hosts, n), PORT);
+    let backend = |n| Backend {
+        address: address(n),
+        weight: 1,
+        configured_weight: 1,
+        max_connections: 0,
+        alive: true,
+    };
+    Service {
+        id: ServiceKey {
+            listen: Listen {
+                ip: plan.family.address(Network::Vips, vip),
+                ports: Ports::One(PORT),
+            },
+            protocol: plan.protocol,
+        },
+        name: format!("service {vip}"),
+        forward: plan.forward,
+        scheduler: plan.scheduler,
+        on_no_backend: plan.on_no_backend,
+        on_backend_down: on_backend_down::KEEP,
+        connect_timeout: 0,
+        stateless: is_stateless(plan.forward, plan.scheduler),
+        idle_timeout: Duration::from_secs(900),
+        answer_arp: true,
+        held: false,
+        backends: (first_host..first_host + plan.backends)
+            .map(backend)
+            .collect(),
+    }
+}
+
+impl Plan {
+    /// A service with `backends`, of TCP.
+    pub const fn new(family: Family, forward: u8, scheduler: u8, backends: u32) -> Self {
+        Self {
+            family,
+            protocol: Protocol::Tcp,
+            forward,
+            scheduler,
+            on_no_backend: on_no_backend::DROP,
+            backends,
+        }
+    }
+}
