@@ -30,6 +30,9 @@ enum Task {
         /// Also what the tests run against: nginx, MariaDB, Node.js, curl, wrk and others
         #[arg(long)]
         tests: bool,
+        /// Also what `bench` compares with: nginx, HAProxy, nftables, and wrk
+        #[arg(long)]
+        bench: bool,
         /// Also what `lint` needs: rustfmt, and clippy for both targets
         #[arg(long)]
         lint: bool,
@@ -48,7 +51,7 @@ enum Task {
     },
     /// Run the whole test suite
     Test(test::Options),
-    /// Measure: nanoseconds per packet, as tables and JSON
+    /// Measure: nanoseconds per packet, and end to end beside other balancers
     #[command(disable_help_flag = true)]
     Bench {
         /// See `cargo xtask bench --help`
@@ -61,7 +64,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().task {
-        Task::Setup { tests, lint } => setup::command(tests, lint),
+        Task::Setup { tests, bench, lint } => setup::command(tests, bench, lint),
         Task::Build { release } => artifacts::build(release).map(drop),
         Task::Demo { arguments } => demo::command(&arguments),
         Task::Test(options) => test::command(&options),

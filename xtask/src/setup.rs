@@ -39,11 +39,13 @@ pub enum Group {
     Lint,
     /// What the tests use as peers and tools.
     Tests,
+    /// What the balancer is compared with, and the tools for that.
+    Bench,
 }
 
 /// A program or file that comes from the distribution.
 struct Need {
-    group: Group,
+    groups: &'static [Group],
     why: &'static str,
     is_there: fn() -> bool,
     /// The package names, parted by blanks, on Debian and Ubuntu, on Fedora, and on Arch.
@@ -54,7 +56,7 @@ struct Need {
 
 const NEEDS: &[Need] = &[
     Need {
-        group: Group::Build,
+        groups: &[Group::Build],
         why: "the linker that rustc calls",
         is_there: || find("cc").is_some(),
         debian: "gcc libc6-dev",
@@ -62,7 +64,7 @@ const NEEDS: &[Need] = &[
         arch: "gcc",
     },
     Need {
-        group: Group::Run,
+        groups: &[Group::Run],
         why: "ip: network namespaces and links",
         is_there: || find("ip").is_some(),
         debian: "iproute2",
@@ -70,7 +72,7 @@ const NEEDS: &[Need] = &[
         arch: "iproute2",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests, Group::Bench],
         why: "nginx: a backend, and a TCP proxy to compare with",
         is_there: || find("nginx").is_some() && nginx_streams(),
         debian: "nginx-light libnginx-mod-stream",
@@ -78,7 +80,7 @@ const NEEDS: &[Need] = &[
         arch: "nginx",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests, Group::Bench],
         why: "curl: an HTTP client",
         is_there: || find("curl").is_some(),
         debian: "curl",
@@ -86,7 +88,7 @@ const NEEDS: &[Need] = &[
         arch: "curl",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests, Group::Bench],
         why: "wrk: many HTTP connections at once",
         is_there: || find("wrk").is_some(),
         debian: "wrk",
@@ -94,7 +96,7 @@ const NEEDS: &[Need] = &[
         arch: "wrk",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests],
         why: "iperf3: TCP and UDP streams",
         is_there: || find("iperf3").is_some(),
         debian: "iperf3",
@@ -102,7 +104,7 @@ const NEEDS: &[Need] = &[
         arch: "iperf3",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests],
         why: "tcpdump: what went over the wire",
         is_there: || find("tcpdump").is_some(),
         debian: "tcpdump",
@@ -110,7 +112,7 @@ const NEEDS: &[Need] = &[
         arch: "tcpdump",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests],
         why: "bpftool: reads the pinned maps through their BTF",
         is_there: || find("bpftool").is_some(),
         debian: "bpftool",
@@ -118,7 +120,7 @@ const NEEDS: &[Need] = &[
         arch: "bpf",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests],
         why: "ethtool: senders with and without checksum offload",
         is_there: || find("ethtool").is_some(),
         debian: "ethtool",
@@ -126,15 +128,23 @@ const NEEDS: &[Need] = &[
         arch: "ethtool",
     },
     Need {
-        group: Group::Tests,
-        why: "nft: paths that fail on purpose",
+        groups: &[Group::Tests, Group::Bench],
+        why: "nft: paths that fail on purpose, and a balancer to compare with",
         is_there: || find("nft").is_some(),
         debian: "nftables",
         fedora: "nftables",
         arch: "nftables",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Bench],
+        why: "HAProxy: a TCP proxy to compare with",
+        is_there: || find("haproxy").is_some(),
+        debian: "haproxy",
+        fedora: "haproxy",
+        arch: "haproxy",
+    },
+    Need {
+        groups: &[Group::Tests],
         why: "MariaDB: the database of the example with two applications",
         is_there: || find("mariadbd").is_some(),
         debian: "mariadb-server",
@@ -142,7 +152,7 @@ const NEEDS: &[Need] = &[
         arch: "mariadb",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests],
         why: "Node.js and npm: those applications",
         is_there: || find("node").is_some() && find("npm").is_some(),
         debian: "nodejs npm",
@@ -150,7 +160,7 @@ const NEEDS: &[Need] = &[
         arch: "nodejs npm",
     },
     Need {
-        group: Group::Tests,
+        groups: &[Group::Tests, Group::Bench],
         why: "ps, pgrep and sysctl",
         is_there: || find("pgrep").is_some() && find("sysctl").is_some(),
         debian: "procps",
@@ -169,10 +179,13 @@ fn nginx_streams() -> bool {
 }
 
 /// `cargo xtask setup`.
-pub fn command(tests: bool, lint: bool) -> Result<()> {
+pub fn command(tests: bool, bench: bool, lint: bool) -> Result<()> {
     let mut groups = vec![Group::Build, Group::Run];
     if tests {
         groups.push(Group::Tests);
+    }
+    if bench {
+        groups.push(Group::Bench);
     }
     if lint {
         groups.push(Group::Lint);
@@ -188,7 +201,7 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
     let has = |group| groups.contains(&group);
     let lacking: Vec<&Need> = NEEDS
         .iter()
-        .filter(|need| has(need.group) && !(need.is_there)())
+        .filter(|need| need.groups.iter().any(|group| has(*group)) && !(need.is_there)())
         .collect();
     let toolchain = has(Group::Build) && bpf::find().is_err();
     if !lacking.is_empty() || toolchain {
@@ -397,7 +410,11 @@ fn quiet_services(installed: &[&Need]) {
     if !Path::new("/run/systemd/system").is_dir() {
         return;
     }
-    for (package, unit) in [("nginx-light", "nginx"), ("mariadb-server", "mariadb")] {
+    for (package, unit) in [
+        ("nginx-light", "nginx"),
+        ("mariadb-server", "mariadb"),
+        ("haproxy", "haproxy"),
+    ] {
         if installed.iter().any(|need| need.debian.contains(package)) {
             step(&format!(
                 "systemctl disable --now {unit}: just installed for the tests only"

@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: measures, prints tables, and writes JSON. `docs/performance.md` describes the methods.
 
+mod cpu;
+mod end_to_end;
 mod machine;
 mod packets;
 mod report;
@@ -7,7 +9,11 @@ mod report;
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use report::Report;
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 /// Measure the balancer: print tables, and write a JSON file for each part
 #[derive(Parser)]
@@ -50,7 +56,27 @@ struct Options {
 enum Part {
     /// Nanoseconds per packet
     Packets,
+    /// Requests, connections and latency through namespaces, beside nftables, nginx and HAProxy
+    EndToEnd,
 }
+
+/// How each part is called, its cases and its measurement.
+type Measure = (
+    Part,
+    &'static str,
+    fn(&Choice) -> Vec<String>,
+    fn(&Choice) -> Result<Report>,
+);
+
+const PARTS: [Measure; 2] = [
+    (Part::Packets, "packets", packets::names, packets::measure),
+    (
+        Part::EndToEnd,
+        "end-to-end",
+        end_to_end::names,
+        end_to_end::measure,
+    ),
+];
 
 /// Which cases are wanted, and how exactly.
 pub struct Choice {
@@ -97,17 +123,27 @@ fn run(options: &Options) -> Result<()> {
         failures += report.failures();
         Ok(())
     };
-    if wants(Part::Packets) {
+    for (part, name, names, measure) in PARTS {
+        if !wants(part) {
+            continue;
+        }
         if options.list {
-            packets::names(&choice)
-                .iter()
-                .for_each(|name| println!("{name}"));
+            names(&choice).iter().for_each(|name| println!("{name}"));
         } else {
-            finish("packets", packets::measure(&choice)?)?;
+            finish(name, measure(&choice)?)?;
         }
     }
     if failures > 0 {
         bail!("{failures} cases did not do what they should; see above");
     }
     Ok(())
+}
+
+/// Shows what is being done, on a terminal.
+fn progress(what: &str) {
+    let mut terminal = std::io::stderr();
+    if terminal.is_terminal() {
+        let _ = write!(terminal, "\r\x1b[K{what}");
+        let _ = terminal.flush();
+    }
 }

@@ -7,7 +7,7 @@ mod balancer;
 mod frame;
 mod wrapper;
 
-use crate::{Choice, report::Report};
+use crate::{Choice, progress, report::Report};
 use anyhow::{Context as _, Result};
 use balancer::{Balancer, Plan};
 use frame::{ACK, Family, Frame, Network, PORT, SYN, Transport};
@@ -19,10 +19,7 @@ use lb_common::{
 };
 use serde_json::json;
 use sluice::config::Protocol;
-use std::{
-    io::{IsTerminal as _, Write as _},
-    time::Duration,
-};
+use std::time::Duration;
 use wrapper::{Run, Target, Wrapper};
 
 /// Backends of a service.
@@ -879,13 +876,4 @@ fn missed(
     format!(
         "of {packets} packets {inward} were counted as a client's, {new} as new, {outward} as a backend's, {drops} as dropped; the last one's verdict is {verdict}"
     )
-}
-
-/// Shows what is being done, on a terminal.
-fn progress(what: &str) {
-    let mut terminal = std::io::stderr();
-    if terminal.is_terminal() {
-        let _ = write!(terminal, "\r\x1b[K{what}");
-        let _ = terminal.flush();
-    }
 }
