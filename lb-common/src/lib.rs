@@ -21,6 +21,7 @@ pub mod fragment;
 pub mod hash;
 pub mod local;
 pub mod names;
+pub mod probe;
 pub mod service;
 pub mod stats;
 pub mod vlan;

@@ -1,4 +1,4 @@
-//! Clients on the balancer's own host: what the programs that translate their connections keep.
+//! The host's own sockets: clients on the balancer, and its health checks.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,9 +6,13 @@ use bytemuck::{Pod, Zeroable};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct LocalSettings {
-    /// Cookie of the network namespace whose sockets are served; 0: none are. The programs are
+    /// Cookie of the network namespace whose clients are served; 0: none are. The programs are
     /// called for sockets of every namespace.
     pub netns_cookie: u64,
+    /// First bits of the mark of packets of health checks, see [`crate::probe`]; 0: there are none.
+    pub probe_mark: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Key of map `local_peers`: a socket, and one of the two addresses of whom it talks to.

@@ -30,51 +30,83 @@ use network_types::{
 };
 
 /// Where the network header begins. The kernel keeps a VLAN tag beside the packet, not in it.
-const NETWORK: usize = EthHdr::LEN;
+pub const NETWORK: usize = EthHdr::LEN;
 /// More fragments, and the fragment's offset.
 const FRAGMENT: u16 = 0x3fff_u16.to_be();
 
 /// Gives an answer of a local backend its VIP. Anything else stays as it is.
 #[inline(always)]
-pub fn restore(ctx: *mut __sk_buff) -> Option<()> {
-    match load::<u16>(ctx, offset_of!(EthHdr, ether_type))? {
-        ethernet::IPV4 => {
-            let version_ihl: u8 = load(ctx, NETWORK)?;
-            let fragment: u16 = load(ctx, NETWORK + offset_of!(Ipv4Hdr, frags))?;
-            if fragment & FRAGMENT != 0 {
-                return None;
-            }
-            let places = Places {
-                protocol: NETWORK + offset_of!(Ipv4Hdr, proto),
-                src: NETWORK + offset_of!(Ipv4Hdr, src_addr),
-                dst: NETWORK + offset_of!(Ipv4Hdr, dst_addr),
-                transport: NETWORK + usize::from(version_ihl & 0xf) * 4,
-                sum: Some(NETWORK + offset_of!(Ipv4Hdr, check)),
-            };
-            translate::<V4>(ctx, &places)
-        }
-        ethernet::IPV6 => {
-            let places = Places {
-                protocol: NETWORK + offset_of!(Ipv6Hdr, next_hdr),
-                src: NETWORK + offset_of!(Ipv6Hdr, src_addr),
-                dst: NETWORK + offset_of!(Ipv6Hdr, dst_addr),
-                transport: NETWORK + Ipv6Hdr::LEN,
-                sum: None,
-            };
-            translate::<V6>(ctx, &places)
-        }
-        _ => None,
+pub fn restore(ctx: *mut __sk_buff) {
+    match ethertype(ctx) {
+        Some(ethernet::IPV4) => restore4(ctx),
+        Some(ethernet::IPV6) => restore6(ctx),
+        _ => 0,
+    };
+}
+
+/// [`translate`] for IPv4. Like [`restore6`] apart from what it is called from, whose other
+/// subprograms need the stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn restore4(ctx: *mut __sk_buff) -> u32 {
+    let places = places4(ctx);
+    u32::from(places.is_some_and(|places| translate::<V4>(ctx, &places).is_some()))
+}
+
+/// [`translate`] for IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn restore6(ctx: *mut __sk_buff) -> u32 {
+    u32::from(translate::<V6>(ctx, &places6()).is_some())
+}
+
+/// The ethertype behind VLAN tags.
+#[inline(always)]
+pub fn ethertype(ctx: *mut __sk_buff) -> Option<u16> {
+    load(ctx, offset_of!(EthHdr, ether_type))
+}
+
+/// The fields of an IPv4 packet; none of a fragment.
+#[inline(always)]
+pub fn places4(ctx: *mut __sk_buff) -> Option<Places> {
+    let version_ihl: u8 = load(ctx, NETWORK)?;
+    let fragment: u16 = load(ctx, NETWORK + offset_of!(Ipv4Hdr, frags))?;
+    if fragment & FRAGMENT != 0 {
+        return None;
+    }
+    Some(Places {
+        protocol: NETWORK + offset_of!(Ipv4Hdr, proto),
+        src: NETWORK + offset_of!(Ipv4Hdr, src_addr),
+        dst: NETWORK + offset_of!(Ipv4Hdr, dst_addr),
+        transport: NETWORK + usize::from(version_ihl & 0xf) * 4,
+        sum: Some(NETWORK + offset_of!(Ipv4Hdr, check)),
+    })
+}
+
+/// The fields of an IPv6 packet without extension headers.
+#[inline(always)]
+pub fn places6() -> Places {
+    Places {
+        protocol: NETWORK + offset_of!(Ipv6Hdr, next_hdr),
+        src: NETWORK + offset_of!(Ipv6Hdr, src_addr),
+        dst: NETWORK + offset_of!(Ipv6Hdr, dst_addr),
+        transport: NETWORK + Ipv6Hdr::LEN,
+        sum: None,
     }
 }
 
 /// Where the fields of a packet are.
-struct Places {
-    protocol: usize,
-    src: usize,
-    dst: usize,
-    transport: usize,
+pub struct Places {
+    /// The protocol behind the network header.
+    pub protocol: usize,
+    /// Source address.
+    pub src: usize,
+    /// Destination address.
+    pub dst: usize,
+    /// The transport header.
+    pub transport: usize,
     /// The network header's own sum.
-    sum: Option<usize>,
+    pub sum: Option<usize>,
 }
 
 #[inline(always)]
@@ -119,22 +151,8 @@ fn translate<F: Family>(ctx: *mut __sk_buff, places: &Places) -> Option<()> {
         work.arrival.flags = flags;
         F::note_reply();
     }
-    let (old, new) = (
-        src.widen(),
-        crate::lookup::load::<F::Addr>(&flow.src).widen(),
-    );
-    for i in 0..F::Addr::WORDS {
-        let (from, to) = (u64::from(old[i]), u64::from(new[i]));
-        // SAFETY: the helpers check the offsets.
-        unsafe {
-            if let Some(sum) = places.sum {
-                bpf_l3_csum_replace(ctx, sum as u32, from, to, 4);
-            }
-            let how = u64::from(BPF_F_PSEUDO_HDR) | mangled | 4;
-            bpf_l4_csum_replace(ctx, sum as u32, from, to, how);
-        }
-        store(ctx, places.src + 4 * i, new[i]);
-    }
+    let new = crate::lookup::load::<F::Addr>(&flow.src);
+    readdress(ctx, places, places.src, (src, new), (sum, mangled));
     for (offset, from, to) in [(0, key.sport, flow.sport), (2, key.dport, flow.dport)] {
         // SAFETY: as above.
         unsafe {
@@ -148,8 +166,34 @@ fn translate<F: Family>(ctx: *mut __sk_buff, places: &Places) -> Option<()> {
     Some(())
 }
 
+/// Writes another address in the place of the one at `at`, and mends the sums. `sum` is where the
+/// transport's is, with the flags of `bpf_l4_csum_replace` that its protocol asks for.
 #[inline(always)]
-fn load<T: Copy>(ctx: *mut __sk_buff, offset: usize) -> Option<T> {
+pub fn readdress<A: Address>(
+    ctx: *mut __sk_buff,
+    places: &Places,
+    at: usize,
+    (old, new): (A, A),
+    (sum, mangled): (usize, u64),
+) {
+    let (old, new) = (old.widen(), new.widen());
+    for i in 0..A::WORDS {
+        let (from, to) = (u64::from(old[i]), u64::from(new[i]));
+        // SAFETY: the helpers check the offsets.
+        unsafe {
+            if let Some(sum) = places.sum {
+                bpf_l3_csum_replace(ctx, sum as u32, from, to, 4);
+            }
+            let how = u64::from(BPF_F_PSEUDO_HDR) | mangled | 4;
+            bpf_l4_csum_replace(ctx, sum as u32, from, to, how);
+        }
+        store(ctx, at + 4 * i, new[i]);
+    }
+}
+
+/// A piece of the packet; `None` if it ends before.
+#[inline(always)]
+pub fn load<T: Copy>(ctx: *mut __sk_buff, offset: usize) -> Option<T> {
     let mut value = MaybeUninit::<T>::uninit();
     // SAFETY: the helper fills the value, or fails; every type it is used with is made of integers.
     unsafe {
@@ -159,8 +203,9 @@ fn load<T: Copy>(ctx: *mut __sk_buff, offset: usize) -> Option<T> {
     }
 }
 
+/// Writes a piece of the packet.
 #[inline(always)]
-fn store<T: Copy>(ctx: *mut __sk_buff, offset: usize, value: T) {
+pub fn store<T: Copy>(ctx: *mut __sk_buff, offset: usize, value: T) {
     let from = (&raw const value).cast();
     // SAFETY: the value lives over the call; the helper checks the offset.
     unsafe {

@@ -254,24 +254,12 @@ fn peer(number: u32, backend: &Backend, port: u16) -> Peer {
 fn key<F: Family>(socket: u64, addr: [u32; 4], port: u16, whose: u8) -> PeerKey {
     PeerKey {
         socket,
-        addr: word_by_word(addr),
+        addr: lookup::word_by_word(addr),
         port,
         family: F::Addr::FAMILY,
         whose,
         reserved: 0,
     }
-}
-
-/// Has the words of an address written to the stack one by one: the compiler would join them to
-/// double words, and the verifier wants those aligned there.
-#[inline(always)]
-fn word_by_word(addr: [u32; 4]) -> [u32; 4] {
-    [
-        core::hint::black_box(addr[0]),
-        core::hint::black_box(addr[1]),
-        core::hint::black_box(addr[2]),
-        core::hint::black_box(addr[3]),
-    ]
 }
 
 #[inline(always)]
@@ -349,7 +337,7 @@ fn remember_vip<F: Family>(socket: u64, to: &Peer, vip: F::Addr, port: u16) {
         return;
     }
     let peer = Peer {
-        addr: word_by_word(vip),
+        addr: lookup::word_by_word(vip),
         backend: to.backend,
         generation: to.generation,
         port,

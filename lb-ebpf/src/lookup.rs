@@ -34,6 +34,18 @@ pub fn load<A: Address>(address: &A) -> A {
     A::narrow(&copy)
 }
 
+/// Has the words of an address written to the stack one by one: the compiler would join them to
+/// double words, and the verifier wants those aligned there.
+#[inline(always)]
+pub fn word_by_word(addr: [u32; 4]) -> [u32; 4] {
+    [
+        core::hint::black_box(addr[0]),
+        core::hint::black_box(addr[1]),
+        core::hint::black_box(addr[2]),
+        core::hint::black_box(addr[3]),
+    ]
+}
+
 /// What the filter knows of a packet's addresses: zero proves that the packet is not ours.
 #[inline(always)]
 pub fn lane<F: Family>(src: F::Addr, dst: F::Addr) -> u8 {

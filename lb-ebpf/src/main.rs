@@ -33,6 +33,7 @@ mod lookup;
 mod maps;
 mod neighbour;
 mod parse;
+mod probe;
 mod reset;
 mod rewrite;
 mod select;
@@ -42,7 +43,7 @@ mod usual;
 mod verdict;
 
 use aya_ebpf::{
-    bindings::xdp_action,
+    bindings::{TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -71,12 +72,22 @@ pub fn sluice_decap(ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
-/// The answers of backends on the balancer's own host, on their way out.
+/// The host's own packets on their way out: answers of backends on it, and health checks.
 #[classifier]
 pub fn sluice_egress(ctx: TcContext) -> i32 {
-    egress::restore(ctx.skb.skb);
+    let verdict = probe::send(ctx.skb.skb);
+    if verdict == TC_ACT_UNSPEC {
+        egress::restore(ctx.skb.skb);
+    }
     // Whatever else is there may look at it too.
-    aya_ebpf::bindings::TC_ACT_UNSPEC
+    verdict
+}
+
+/// Packets for the host itself: what answers health checks.
+#[classifier]
+pub fn sluice_ingress(ctx: TcContext) -> i32 {
+    probe::receive(ctx.skb.skb);
+    TC_ACT_UNSPEC
 }
 
 /// The way of a packet.

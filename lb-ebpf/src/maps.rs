@@ -13,6 +13,7 @@ use lb_common::{
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
+    probe::ProbeTarget,
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::{Counters, DROP_SLOTS},
 };
@@ -71,6 +72,10 @@ pub static REDIRECTS: DevMapHash<256> = DevMapHash::new();
 pub static LOCAL_SETTINGS: Array<LocalSettings, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "local_peers")]
 pub static LOCAL_PEERS: LruHashMap<PeerKey, Peer, 32768> = LruHashMap::new();
+#[btf_map(name = "probe_targets")]
+pub static PROBE_TARGETS: Array<ProbeTarget, 16385, MMAPABLE> = Array::new();
+#[btf_map(name = "probes")]
+pub static PROBES: LruHashMap<FlowKey<Addr6>, Addr6, 32768> = LruHashMap::new();
 #[btf_map(name = "scratch")]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[btf_map(name = "work4")]

@@ -8,6 +8,7 @@ use lb_common::{
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
+    probe::ProbeTarget,
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -187,7 +188,24 @@ fn layouts() -> Vec<Layout> {
                 drops: u64,
             }
         ),
-        layout!("LocalSettings", LocalSettings { netns_cookie: u64 }),
+        layout!(
+            "LocalSettings",
+            LocalSettings {
+                netns_cookie: u64,
+                probe_mark: u32,
+                reserved: u32
+            }
+        ),
+        layout!(
+            "ProbeTarget",
+            ProbeTarget {
+                vip: [u32; 4],
+                backend: [u32; 4],
+                family: u8,
+                forward: u8,
+                reserved: u16
+            }
+        ),
         layout!(
             "PeerKey",
             PeerKey {
@@ -220,7 +238,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 27] = [
+const MAPS: [(&str, &str, &str); 29] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -256,6 +274,8 @@ const MAPS: [(&str, &str, &str); 27] = [
     ("interfaces", "4", "Interface"),
     ("local_settings", "4", "LocalSettings"),
     ("local_peers", "PeerKey", "Peer"),
+    ("probe_targets", "4", "ProbeTarget"),
+    ("probes", "FlowKey_3C__5B_u32_3B__20_4_5D__3E_", "16"),
     ("decap_settings", "4", "Settings"),
     ("decap_addrs4", "4", "4"),
     ("decap_addrs6", "16", "4"),

@@ -19,7 +19,7 @@ fn the_balancer_stays_far_from_the_verifiers_limit() {
     let settings: Settings = bytemuck::Zeroable::zeroed();
     let dataplane = Dataplane::load_unpinned(&limits, settings).expect("the program loads");
     let programs = dataplane.programs().expect("the kernel tells");
-    assert_eq!(programs.len(), 10, "all of them: {programs:?}");
+    assert_eq!(programs.len(), 11, "all of them: {programs:?}");
     for program in programs {
         let (name, verified) = (&program.name, program.verified_instructions);
         println!("{name}: {verified} instructions verified");

@@ -202,6 +202,12 @@ fn vlan_tags(frame: &Frame, link: &parse::Link) -> ((u32, u32), u32) {
 const DYNAMIC_PORTS: u16 = 49152;
 const DYNAMIC_PORT_BITS: u32 = 14;
 
+/// The source port of GUE for a flow with this hash, network order.
+#[inline(always)]
+pub const fn source_port(hash: u32) -> u16 {
+    (DYNAMIC_PORTS | (hash >> (32 - DYNAMIC_PORT_BITS)) as u16).to_be()
+}
+
 #[inline(always)]
 fn write_udp<G: Family>(
     udp: Cursor,
@@ -211,7 +217,7 @@ fn write_udp<G: Family>(
     hash: u32,
     inner: &Inner,
 ) {
-    let sport = (DYNAMIC_PORTS | (hash >> (32 - DYNAMIC_PORT_BITS)) as u16).to_be();
+    let sport = source_port(hash);
     let len = inner.len + UdpHdr::LEN as u32;
     let wire_len = (len as u16).to_be();
     udp.write(offset_of!(UdpHdr, src), sport);

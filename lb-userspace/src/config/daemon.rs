@@ -5,7 +5,10 @@ use super::{
     read::{Entry, Section, quote},
     value,
 };
-use lb_common::abi::NAT_SOURCES;
+use lb_common::{
+    abi::NAT_SOURCES,
+    probe::{TARGET_BITS, TARGET_MASK},
+};
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -43,6 +46,7 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         "gue_port",
         "local_clients",
         "cgroup",
+        "probe_mark",
     ])?;
     let interfaces = interfaces(&section)?;
     let mode = match section.get("mode") {
@@ -96,6 +100,10 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
             "cgroup is for clients on this host, which local_clients = false leaves alone; remove one",
         ));
     }
+    let probe_mark = match section.get("probe_mark") {
+        None => Daemon::PROBE_MARK,
+        Some(entry) => probe_mark(&entry)?,
+    };
     Ok(Daemon {
         interfaces,
         mode,
@@ -109,7 +117,21 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         gue_port,
         local_clients,
         cgroup,
+        probe_mark,
     })
+}
+
+/// [`Daemon::probe_mark`].
+fn probe_mark(entry: &Entry<'_, '_>) -> Result<u32, Error> {
+    let mark = entry.integer(1 << TARGET_BITS, u32::MAX)?;
+    if mark & TARGET_MASK != 0 {
+        return Err(entry.error(format!(
+            "probe_mark {mark:#x} has one of its low {TARGET_BITS} bits set, which number the \
+             checks; write it like {:#x}",
+            Daemon::PROBE_MARK
+        )));
+    }
+    Ok(mark)
 }
 
 /// Addresses of [`Daemon::nat_sources`].
@@ -303,6 +325,8 @@ impl Daemon {
     pub const SOCKET: &str = "/run/sluice/control.sock";
     /// Default of `gue_port`, the one of Linux' `fou` and of Katran.
     pub const GUE_PORT: u16 = 6080;
+    /// Default of `probe_mark`.
+    pub const PROBE_MARK: u32 = 0x51c0_0000;
 
     /// Whether the operator asks for clients on this host, so that not to serve them is an error.
     #[must_use]

@@ -72,6 +72,9 @@ pub struct Daemon {
     pub local_clients: Option<bool>,
     /// The cgroup whose processes these clients are; `None`: all of this host.
     pub cgroup: Option<PathBuf>,
+    /// First bits of the marks of packets of health checks that are led to the VIP; the low
+    /// [`lb_common::probe::TARGET_BITS`] are zero.
+    pub probe_mark: u32,
 }
 
 /// Networks that the outer packets of `ipip` and `gue` come from, with a hash of the flow in the host

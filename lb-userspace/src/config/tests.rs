@@ -46,6 +46,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             gue_port: 6080,
             local_clients: None,
             cgroup: None,
+            probe_mark: 0x51c0_0000,
         },
         limits: Limits {
             flows: 1_048_576,

@@ -6,6 +6,7 @@
 //! beside the task.
 
 mod control;
+mod probes;
 mod start;
 mod views;
 
@@ -43,6 +44,8 @@ use tracing::{debug, error, info, warn};
 
 pub use start::run;
 
+use probes::Probes;
+
 /// Shortest time from one sweep of the flow tables to the next.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// A sweep may take one part in this many of the time.
@@ -66,6 +69,7 @@ struct Daemon {
     model: Model,
     reconciler: Reconciler,
     checker: Checker<BackendKey>,
+    probes: Probes,
     neighbours: Neighbours,
     /// The way to each address, as the data plane needs it.
     hops: HashMap<IpAddr, Hop>,
@@ -515,6 +519,7 @@ impl Daemon {
 
     /// Tells checks and neighbours which backends there are.
     fn watch_backends(&mut self) {
+        let ways = self.ways_of_checks();
         let targets = self
             .model
             .services()
@@ -525,14 +530,19 @@ impl Daemon {
                     .backends
                     .iter()
                     .filter(|backend| backend.is_checked())
-                    .map(move |backend| Target {
-                        id: BackendKey {
+                    .map(|backend| {
+                        let id = BackendKey {
                             service: key,
                             address: backend.config().address,
-                        },
-                        address: backend.config().address,
-                        health: service.config.health.clone(),
+                        };
+                        Target {
+                            id,
+                            address: backend.config().address,
+                            health: service.config.health.clone(),
+                            via: ways.get(&id).copied(),
+                        }
                     })
+                    .collect::<Vec<_>>()
             })
             .collect();
         self.checker.set(targets);
@@ -570,12 +580,7 @@ impl Daemon {
     /// Sees to it that answers of backends on this host leave by an interface with the VIP as their
     /// source; takes the program away where there are none.
     fn serve_local(&mut self, name: &str) -> Result<()> {
-        let mut local = self.hops.iter().filter(|(_, hop)| hop.ifindex == LOCAL);
-        let wanted = local.next().is_some();
-        if self.dataplane.set_egress(name, wanted)? {
-            let what = if wanted { "attached" } else { "detached" };
-            info!("interface {name}: egress program for backends on this host {what}");
-        }
+        self.serve_own_packets(name)?;
         let mut addresses = self.hops.keys();
         if addresses.any(|a| a.is_ipv4() && a.is_loopback()) {
             start::open_loopback(name)?;

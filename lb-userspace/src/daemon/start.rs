@@ -1,6 +1,6 @@
 //! From a configuration file to a daemon that serves.
 
-use super::{Daemon, Events, control::Handle};
+use super::{Daemon, Events, control::Handle, probes::Probes};
 use crate::{
     api::server::Server,
     config::{self, Config},
@@ -135,6 +135,7 @@ async fn prepare(
         model,
         reconciler,
         checker,
+        probes: Probes::default(),
         neighbours,
         hops: HashMap::new(),
         resolutions: HashMap::new(),

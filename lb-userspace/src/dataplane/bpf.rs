@@ -2,6 +2,7 @@
 //!
 //! Each is one command of bpf(2); errors are those of the kernel.
 
+use super::tcx::Direction;
 use std::{
     ffi::{CStr, CString},
     io,
@@ -332,9 +333,9 @@ pub fn xdp_link_info(link: BorrowedFd<'_>) -> io::Result<Option<XdpLinkInfo>> {
     }))
 }
 
-/// The interface that a link has its program in the egress path of, 0 if that is gone; `None` if
-/// it is another kind of link.
-pub fn egress_link_interface(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+/// The interface that a TCX link has its program on, 0 if that is gone; `None` if it is another
+/// kind of link.
+pub fn tcx_link_interface(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     // SAFETY: bpf_link_info is integers only.
     let info: bpf_link_info = unsafe { info(link)? };
     if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
@@ -344,13 +345,21 @@ pub fn egress_link_interface(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
     Ok(Some(unsafe { info.__bindgen_anon_1.tcx.ifindex }))
 }
 
-/// Puts a program of type `SCHED_CLS` into the egress path of an interface, behind those that are
-/// there, by a link. Needs Linux 6.6.
-pub fn link_egress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+/// Puts a program of type `SCHED_CLS` between an interface and the network stack, behind those
+/// that are there, by a link. Needs Linux 6.6.
+pub fn link_tcx(
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    direction: Direction,
+) -> io::Result<OwnedFd> {
+    let hook = match direction {
+        Direction::Ingress => bpf_attach_type::BPF_TCX_INGRESS,
+        Direction::Egress => bpf_attach_type::BPF_TCX_EGRESS,
+    };
     let mut attr = zeroed();
     attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
     attr.link_create.__bindgen_anon_2.target_ifindex = ifindex;
-    attr.link_create.attach_type = bpf_attach_type::BPF_TCX_EGRESS as u32;
+    attr.link_create.attach_type = hook as u32;
     bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 

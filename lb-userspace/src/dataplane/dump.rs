@@ -19,6 +19,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{PEER_VIP, Peer, PeerKey},
     names::{self, name_of},
+    probe::ProbeTarget,
     service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, VIP_HELD, Vip},
     stats::{Counters, DropReason},
     vlan,
@@ -130,9 +131,18 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "local_settings" => array(
             &maps.local_settings,
             emit,
-            |_, s| json!({"netns_cookie": s.netns_cookie}),
+            |_, s| json!({"netns_cookie": s.netns_cookie, "probe_mark": s.probe_mark}),
         ),
         "local_peers" => hash(&maps.local_peers, emit, local_peer),
+        "probe_targets" => array(&maps.probe_targets, emit, |index, t: ProbeTarget| {
+            json!({
+                "target": index,
+                "vip": addr::to_ip(t.family, &t.vip),
+                "backend_address": addr::to_ip(t.family, &t.backend),
+                "forward": name_of(names::FORWARD, t.forward),
+            })
+        }),
+        "probes" => hash(&maps.probes, emit, probe),
         other => return Err(anyhow!("map {other} has no description")),
     };
     result.with_context(|| format!("map {name}"))
@@ -361,6 +371,26 @@ fn local_peer(key: &PeerKey, peer: &Peer) -> Value {
         "backend_port": backend.1,
         "backend": peer.backend,
         "generation": peer.generation,
+    })
+}
+
+/// An IPv4 address stands in the first word.
+fn probe(key: &FlowKey<[u32; 4]>, backend: &[u32; 4]) -> Value {
+    let narrow = [key.src, key.dst, *backend]
+        .iter()
+        .all(|a| a[1..] == [0; 3]);
+    let family = if narrow {
+        addr::FAMILY_V4
+    } else {
+        addr::FAMILY_V6
+    };
+    json!({
+        "protocol": protocol(key.protocol),
+        "source": addr::to_ip(family, &key.src),
+        "source_port": port(key.sport),
+        "destination": addr::to_ip(family, &key.dst),
+        "destination_port": port(key.dport),
+        "to_source": addr::to_ip(family, backend),
     })
 }
 

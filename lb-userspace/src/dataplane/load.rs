@@ -6,15 +6,19 @@ use super::{
     local::Local,
     maps::{Maps, NAMES},
     pins::{self, Contents, Layout, PinDir},
+    tcx::{Direction, Tcx},
 };
 use crate::config::{AttachMode, Daemon, Limits};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Map, MapData, MapError},
-    programs::{ProgramError, SchedClassifier, Xdp},
+    programs::{ProgramError, Xdp},
 };
-use lb_common::abi::{ABI_VERSION, MAGIC, Settings};
+use lb_common::{
+    abi::{ABI_VERSION, MAGIC, Settings},
+    local::LocalSettings,
+};
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -27,8 +31,6 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// Name of the balancer's program in the object.
 const PROGRAM: &str = "sluice_xdp";
-/// Name of the program for answers of local backends.
-const EGRESS_PROGRAM: &str = "sluice_egress";
 
 /// The data plane in the kernel.
 ///
@@ -41,9 +43,8 @@ pub struct Dataplane {
     program: OwnedFd,
     /// Links by the name of their interface.
     links: BTreeMap<String, OwnedFd>,
-    /// The program for answers of backends on this host, and where it is.
-    egress: OwnedFd,
-    egress_links: BTreeMap<String, OwnedFd>,
+    /// The programs for the host's own packets.
+    tcx: [Tcx; 2],
     /// The programs for clients on this host.
     local: Local,
     pins: Option<PinDir>,
@@ -84,7 +85,7 @@ impl Dataplane {
         let Loaded {
             maps,
             program,
-            egress,
+            tcx,
             local,
         } = load(limits, None)?;
         maps.settings.store(0, marked(settings));
@@ -92,8 +93,7 @@ impl Dataplane {
             maps,
             program,
             links: BTreeMap::new(),
-            egress,
-            egress_links: BTreeMap::new(),
+            tcx,
             local,
             pins: None,
             adopted: false,
@@ -104,7 +104,7 @@ impl Dataplane {
         let Loaded {
             maps,
             program,
-            egress,
+            tcx,
             local,
         } = load(limits, None)?;
         maps.settings.store(0, marked(settings));
@@ -128,8 +128,7 @@ impl Dataplane {
             maps,
             program,
             links: BTreeMap::new(),
-            egress,
-            egress_links: BTreeMap::new(),
+            tcx,
             local,
             pins: Some(pins),
             adopted: false,
@@ -155,7 +154,7 @@ impl Dataplane {
         let Loaded {
             maps,
             program,
-            egress,
+            mut tcx,
             mut local,
         } = load(limits, Some(pins.path()))?;
 
@@ -199,7 +198,9 @@ impl Dataplane {
             bpf::pin(fd.as_fd(), &path).with_context(|| path.display().to_string())?;
         }
 
-        let egress_links = adopt_egress(&pins, contents, interfaces, egress.as_fd())?;
+        for tcx in &mut tcx {
+            tcx.adopt(&pins, contents, interfaces)?;
+        }
         local.adopt(&pins, contents)?;
         pins.remove(pins::NEW_PROGRAM_PIN)?;
         let new = pins.path().join(pins::NEW_PROGRAM_PIN);
@@ -210,8 +211,7 @@ impl Dataplane {
             maps,
             program,
             links,
-            egress,
-            egress_links,
+            tcx,
             local,
             pins: Some(pins),
             adopted: true,
@@ -289,45 +289,25 @@ impl Dataplane {
         Ok(attached)
     }
 
-    /// Puts the program for answers of backends on this host on interface `name`, or takes it away;
-    /// `false` if nothing had to be done.
-    pub fn set_egress(&mut self, name: &str, wanted: bool) -> Result<bool> {
-        let pin = pins::egress_pin(name);
-        if let Some(link) = self.egress_links.get(name) {
-            let on = bpf::egress_link_interface(link.as_fd())?.unwrap_or(0);
-            if wanted && attach::interface_name(on).as_deref() == Some(name) {
-                return Ok(false);
-            }
-            if let Some(pins) = &self.pins {
-                pins.remove(&pin)?;
-            }
-            // Of a link whose interface is gone there is nothing to detach.
-            if on != 0 {
-                bpf::link_detach(link.as_fd())
-                    .with_context(|| format!("interface {name}: cannot detach"))?;
-            }
-            self.egress_links.remove(name);
-            if !wanted {
-                return Ok(true);
-            }
-        }
-        if !wanted {
-            return Ok(false);
-        }
-        let ifindex = attach::interface_index(name)?;
-        let link = bpf::link_egress(self.egress.as_fd(), ifindex).with_context(|| {
-            format!(
-                "interface {name}: cannot attach the egress program, which backends on this host \
-                 need (Linux 6.6 or later)"
-            )
-        })?;
-        if let Some(pins) = &self.pins {
-            pins.remove(&pin)?;
-            let path = pins.path().join(pin);
-            bpf::pin(link.as_fd(), &path).with_context(|| path.display().to_string())?;
-        }
-        self.egress_links.insert(name.to_owned(), link);
-        Ok(true)
+    /// Puts the program for the host's own packets of a direction on interface `name`, or takes it
+    /// away; `false` if nothing had to be done.
+    pub fn set_tcx(&mut self, direction: Direction, name: &str, wanted: bool) -> Result<bool> {
+        self.tcx[direction as usize].set(name, wanted, self.pins.as_ref())
+    }
+
+    /// Makes `mark`, whose low [`TARGET_BITS`] are zero, the beginning of the mark of packets of
+    /// health checks.
+    ///
+    /// [`TARGET_BITS`]: lb_common::probe::TARGET_BITS
+    pub fn set_probe_mark(&self, mark: u32) {
+        let settings = self.maps.local_settings.read(0);
+        self.maps.local_settings.store(
+            0,
+            LocalSettings {
+                probe_mark: mark,
+                ..settings
+            },
+        );
     }
 
     /// Leads clients on this host to backends: puts the programs for them on the cgroup at `path`,
@@ -340,7 +320,9 @@ impl Dataplane {
 
     /// Detaches the program from interface `name`; `false` if it was not attached.
     pub fn detach(&mut self, name: &str) -> Result<bool> {
-        self.set_egress(name, false)?;
+        for direction in Direction::ALL {
+            self.set_tcx(direction, name, false)?;
+        }
         self.detach_xdp(name)
     }
 
@@ -379,8 +361,9 @@ impl Dataplane {
 
     /// The programs in the kernel.
     pub fn programs(&self) -> io::Result<Vec<bpf::ProgramInfo>> {
-        [&self.program, &self.egress]
+        [&self.program]
             .into_iter()
+            .chain(self.tcx.iter().map(Tcx::program))
             .chain(self.local.programs())
             .map(|program| bpf::program_info(program.as_fd()))
             .collect()
@@ -397,37 +380,6 @@ impl Dataplane {
     pub fn test_run(&self, packet: &[u8], ifindex: u32, repeat: u32) -> io::Result<bpf::TestRun> {
         bpf::test_run(self.program.as_fd(), packet, ifindex, repeat)
     }
-}
-
-/// Takes over the egress program's links: those on interfaces that are still configured run this
-/// program from here on, the others go.
-fn adopt_egress(
-    pins: &PinDir,
-    contents: &Contents,
-    interfaces: &[String],
-    program: BorrowedFd<'_>,
-) -> Result<BTreeMap<String, OwnedFd>> {
-    let mut links = BTreeMap::new();
-    for name in &contents.egress {
-        let pin = pins::egress_pin(name);
-        let path = pins.path().join(&pin);
-        let fd = bpf::open_pin(&path).with_context(|| path.display().to_string())?;
-        let ifindex = bpf::egress_link_interface(fd.as_fd())?
-            .ok_or_else(|| anyhow!("{}: not an egress link; remove it", path.display()))?;
-        let there = attach::interface_name(ifindex).as_ref() == Some(name);
-        if there && interfaces.contains(name) {
-            bpf::link_update(fd.as_fd(), program)
-                .with_context(|| format!("interface {name}: cannot replace the egress program"))?;
-            links.insert(name.clone(), fd);
-            continue;
-        }
-        if ifindex != 0 {
-            bpf::link_detach(fd.as_fd())
-                .with_context(|| format!("interface {name}: cannot detach"))?;
-        }
-        pins.remove(&pin)?;
-    }
-    Ok(links)
 }
 
 fn link_info(interface: &str, link: &OwnedFd) -> Result<bpf::XdpLinkInfo> {
@@ -468,7 +420,7 @@ impl Object {
 struct Loaded {
     maps: Maps,
     program: OwnedFd,
-    egress: OwnedFd,
+    tcx: [Tcx; 2],
     local: Local,
 }
 
@@ -485,14 +437,12 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
     }
     let mut ebpf = loader.load(OBJECT).map_err(|e| load_error(e, limits))?;
     let program = load_program(&mut ebpf, PROGRAM)?;
-    let egress: &mut SchedClassifier = ebpf
-        .program_mut(EGRESS_PROGRAM)
-        .ok_or_else(|| anyhow!("the embedded BPF object has no program \"{EGRESS_PROGRAM}\""))?
-        .try_into()?;
-    egress
-        .load()
-        .map_err(|e| program_error(EGRESS_PROGRAM, e))?;
-    let egress = egress.fd()?.as_fd().try_clone_to_owned()?;
+    // In the order of their numbers.
+    let [ingress, egress] = Direction::ALL;
+    let tcx = [
+        Tcx::load(&mut ebpf, ingress)?,
+        Tcx::load(&mut ebpf, egress)?,
+    ];
     let local = Local::load(&mut ebpf)?;
     let maps = Maps::from_fds(|name| {
         let map = ebpf
@@ -504,7 +454,7 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
     Ok(Loaded {
         maps,
         program,
-        egress,
+        tcx,
         local,
     })
 }

@@ -135,12 +135,11 @@ impl Local {
             .metadata()
             .with_context(|| format!("cgroup {name}"))?
             .ino();
-        maps.local_settings.store(
-            0,
-            LocalSettings {
-                netns_cookie: bpf::netns_cookie().context("this network namespace's cookie")?,
-            },
-        );
+        let settings = LocalSettings {
+            netns_cookie: bpf::netns_cookie().context("this network namespace's cookie")?,
+            ..maps.local_settings.read(0)
+        };
+        maps.local_settings.store(0, settings);
         let mut changed = false;
         for ((hook, attach_type), program) in HOOKS.into_iter().zip(programs) {
             if let Some(link) = self.links.get(hook)

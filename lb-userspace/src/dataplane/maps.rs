@@ -13,6 +13,7 @@ use lb_common::{
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
+    probe::ProbeTarget,
     service::{Cursor, Interface, Service, ServiceKey, Vip},
     stats::Counters,
 };
@@ -113,10 +114,14 @@ maps! {
     interfaces: HashMap<u32, Interface>,
     /// Interfaces that packets may be sent on.
     redirects: HashMap<u32, Redirect>,
-    /// Whose sockets the programs for clients on this host serve.
+    /// What concerns the host's own sockets: clients on it, and health checks.
     local_settings: SharedArray<LocalSettings>,
     /// Whom the sockets of clients on this host talk to.
     local_peers: HashMap<PeerKey, Peer>,
+    /// What becomes of the packets of health checks, by their mark.
+    probe_targets: SharedArray<ProbeTarget>,
+    /// Which backend answers a health check.
+    probes: HashMap<FlowKey<V6>, V6>,
 }
 
 impl Maps {

@@ -13,6 +13,7 @@ mod local;
 mod map;
 mod maps;
 mod pins;
+mod tcx;
 
 pub use attach::{
     Attached, Mode, OwnedLink, XdpState, attach_stub, interface_index, interface_name, xdp_state,
@@ -24,6 +25,7 @@ pub use local::{check_cgroup, root_cgroup};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
 pub use maps::{Maps, NAMES};
 pub use pins::detach;
+pub use tcx::Direction;
 
 #[cfg(test)]
 mod tests;

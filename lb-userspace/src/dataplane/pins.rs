@@ -4,6 +4,7 @@ use super::{
     bpf::{self, bpf_map_type},
     local,
     maps::NAMES,
+    tcx::Direction,
 };
 use crate::config::Limits;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -45,9 +46,18 @@ fn linked_interface(pin: &str) -> Option<String> {
     Some(pin.strip_prefix("link_")?.replace(':', "."))
 }
 
-/// The pin of the egress program's link on interface `name`.
-pub(super) fn egress_pin(name: &str) -> String {
-    format!("egress_{}", name.replace('.', ":"))
+/// The pin of a TCX program's link on interface `name`.
+pub(super) fn tcx_pin(direction: Direction, name: &str) -> String {
+    format!("{}_{}", direction.name(), name.replace('.', ":"))
+}
+
+/// The inverse of [`tcx_pin`].
+fn tcx_interface(pin: &str) -> Option<(Direction, String)> {
+    let (direction, name) = pin.split_once('_')?;
+    let direction = Direction::ALL
+        .into_iter()
+        .find(|known| known.name() == direction)?;
+    Some((direction, name.replace(':', ".")))
 }
 
 /// The pin of the link of the program at `hook` of a cgroup.
@@ -79,8 +89,8 @@ pub(super) struct Contents {
     pub maps: Vec<&'static str>,
     /// Interfaces that links are named after.
     pub links: Vec<String>,
-    /// Interfaces that links of the egress program are named after.
-    pub egress: Vec<String>,
+    /// Interfaces that links of the TCX programs are named after.
+    pub tcx: Vec<(Direction, String)>,
     /// Hooks of a cgroup that links are named after.
     pub cgroup: Vec<String>,
     /// Programs.
@@ -125,8 +135,8 @@ impl PinDir {
                 contents.maps.push(known);
             } else if let Some(interface) = linked_interface(&name) {
                 contents.links.push(interface);
-            } else if let Some(interface) = name.strip_prefix("egress_") {
-                contents.egress.push(interface.replace(':', "."));
+            } else if let Some(found) = tcx_interface(&name) {
+                contents.tcx.push(found);
             } else if let Some(hook) = name.strip_prefix("cgroup_").filter(|h| local::is_hook(h)) {
                 contents.cgroup.push(hook.to_owned());
             } else if name == PROGRAM_PIN || name == NEW_PROGRAM_PIN {
@@ -322,13 +332,13 @@ pub fn detach(path: &Path) -> Result<Vec<String>> {
         dir.remove(&link_pin(interface))?;
         removed.push(format!("link on {interface}"));
     }
-    for interface in &contents.egress {
-        let pin = egress_pin(interface);
+    for (direction, interface) in &contents.tcx {
+        let pin = tcx_pin(*direction, interface);
         if let Ok(fd) = bpf::open_pin(&path.join(&pin)) {
             let _ = bpf::link_detach(fd.as_fd());
         }
         dir.remove(&pin)?;
-        removed.push(format!("egress link on {interface}"));
+        removed.push(format!("{} link on {interface}", direction.name()));
     }
     for hook in &contents.cgroup {
         let pin = cgroup_pin(hook);
@@ -489,7 +499,7 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
         "vips4" | "vips6" => Some(("services", 0)),
         "services4" | "services6" => Some(("listeners", 0)),
         "services" | "cursors" | "service_stats" => Some(("services", 1)),
-        "backends" | "backend_load" | "backend_stats" => Some(("backends", 1)),
+        "backends" | "backend_load" | "backend_stats" | "probe_targets" => Some(("backends", 1)),
         "slots" => Some(("slots", 0)),
         "flows4" | "flows6" => Some(("flows", 0)),
         "fragments4" | "fragments6" => Some(("fragments", 0)),

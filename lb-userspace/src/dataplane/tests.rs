@@ -65,6 +65,7 @@ impl Pins {
             gue_port: 6080,
             local_clients: None,
             cgroup: None,
+            probe_mark: 0x51c0_0000,
         }
     }
 

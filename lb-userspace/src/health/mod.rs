@@ -42,6 +42,17 @@ pub struct Target<K> {
     pub address: SocketAddr,
     /// How it is checked. Nothing is done or reported for [`Check::None`].
     pub health: Health,
+    /// How its checks go where the VIP's packets go; `None`: straight to the address.
+    pub via: Option<Via>,
+}
+
+/// The way of a check that is led to the VIP on a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Via {
+    /// The mark of its packets, by which the data plane knows them.
+    pub mark: u32,
+    /// The forward mode: one of [`lb_common::service::forward`].
+    pub forward: u8,
 }
 
 /// Runs the checks. Dropping it ends them.
@@ -57,6 +68,7 @@ pub struct Checker<K> {
 struct Running {
     address: SocketAddr,
     health: Health,
+    via: Option<Via>,
     task: AbortHandle,
 }
 
@@ -137,7 +149,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
             let seed = self.random.hash_one(position) ^ self.random.hash_one(&target.id);
             let run = run(
                 target.id.clone(),
-                Probe::new(target.address, &target.health),
+                Probe::new(target.address, &target.health, target.via),
                 Rhythm {
                     interval: target.health.interval,
                     random: seed,
@@ -148,6 +160,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
             let running = Running {
                 address: target.address,
                 health: target.health,
+                via: target.via,
                 task: self.runtime.spawn(run).abort_handle(),
             };
             self.running.insert(target.id, running);
@@ -159,6 +172,7 @@ impl Running {
     /// Whether this check serves the target as it is now. Rise and fall are not ours.
     fn keeps<K>(&self, target: &Target<K>) -> bool {
         self.address == target.address
+            && self.via == target.via
             && self.health.check == target.health.check
             && self.health.interval == target.health.interval
             && self.health.timeout == target.health.timeout

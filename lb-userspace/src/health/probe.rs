@@ -1,6 +1,6 @@
 //! One check: what is asked, and what the answer is called.
 
-use std::{io, net::SocketAddr, pin::pin, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsRawFd, pin::pin, time::Duration};
 
 use http_body_util::{BodyExt, Empty};
 use hyper::{
@@ -15,6 +15,12 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+use lb_common::{
+    names::{FORWARD, name_of},
+    service::forward,
+};
+
+use super::Via;
 use crate::{
     config::{Check, Health},
     model::check::{CheckResult, Code},
@@ -33,6 +39,7 @@ pub(super) struct Probe {
     address: SocketAddr,
     timeout: Duration,
     question: Question,
+    via: Option<Via>,
 }
 
 enum Question {
@@ -48,7 +55,7 @@ enum Question {
 type Outcome = io::Result<(Code, String)>;
 
 impl Probe {
-    pub(super) fn new(backend: SocketAddr, health: &Health) -> Self {
+    pub(super) fn new(backend: SocketAddr, health: &Health, via: Option<Via>) -> Self {
         let (port, question) = match &health.check {
             // The caller runs nothing for `None`; a connection is the least that can be asked.
             Check::None => (None, Question::Tcp),
@@ -76,6 +83,7 @@ impl Probe {
             address,
             timeout: health.timeout,
             question,
+            via,
         }
     }
 
@@ -87,12 +95,12 @@ impl Probe {
     }
 
     async fn ask(&self, deadline: Instant) -> Outcome {
-        let stream = match timeout_at(deadline, connect(self.address)).await {
+        let stream = match timeout_at(deadline, connect(self.address, self.via)).await {
             Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return connect_failed(error),
+            Ok(Err(error)) => return connect_failed(error).map(|found| led(found, self.via)),
             Err(_) => {
                 let text = format!("no connection within {:?}", self.timeout);
-                return Ok((Code::L4Timeout, text));
+                return Ok(led((Code::L4Timeout, text), self.via));
             }
         };
         let (request, expect) = match &self.question {
@@ -116,13 +124,65 @@ impl Probe {
 
 /// Connects so that closing sends RST: neither side is left with TIME_WAIT, nor the backend with a
 /// finished connection in its accept queue.
-async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+async fn connect(address: SocketAddr, via: Option<Via>) -> io::Result<TcpStream> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
     socket.set_zero_linger()?;
+    if let Some(via) = via {
+        option(
+            &socket,
+            libc::SOL_SOCKET,
+            libc::SO_MARK,
+            via.mark.cast_signed(),
+        )?;
+        if forward::encapsulates(via.forward) {
+            option(
+                &socket,
+                libc::IPPROTO_TCP,
+                libc::TCP_MAXSEG,
+                ENCAPSULATED_SEGMENT,
+            )?;
+        }
+    }
     socket.connect(address).await
+}
+
+/// Bytes of a segment that leave room for any encapsulation in the smallest MTU of IPv6.
+const ENCAPSULATED_SEGMENT: libc::c_int = 1152;
+
+fn option(socket: &impl AsRawFd, level: i32, name: i32, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the option's value is a live int of the length that is told.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What no connection means for a check that was led to the VIP.
+fn led((code, text): (Code, String), via: Option<Via>) -> (Code, String) {
+    let Some(via) = via else {
+        return (code, text);
+    };
+    let mode = name_of(FORWARD, via.forward);
+    let question = match code {
+        Code::L4Timeout if forward::encapsulates(via.forward) => {
+            "does the backend take the encapsulation off and hold the VIP?"
+        }
+        Code::L4Timeout => "does the backend hold the VIP?",
+        _ => "does the server listen on the VIP?",
+    };
+    (code, format!("{text} through {mode}: {question}"))
 }
 
 fn connect_failed(error: io::Error) -> Outcome {

@@ -57,6 +57,7 @@ fn target(id: u32, address: SocketAddr, health: Health) -> Target<u32> {
         id,
         address,
         health,
+        via: None,
     }
 }
 

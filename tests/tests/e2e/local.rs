@@ -197,6 +197,8 @@ fn datagrams_are_answered_by_the_vip() {
     let patience = Some(Duration::from_secs(20));
     let servers = backends.map(|address| {
         let socket = net.on("lb", move || UdpSocket::bind(address).expect("a socket"));
+        // The daemon's start is in it.
+        let patience = Some(Duration::from_secs(120));
         socket.set_read_timeout(patience).expect("a timeout");
         std::thread::spawn(move || {
             for _ in LENGTHS {

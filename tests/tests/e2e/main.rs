@@ -12,6 +12,7 @@ mod modes;
 mod nexthops;
 mod path_mtu;
 mod placement;
+mod probes;
 mod support;
 mod timeouts;
 mod traffic;

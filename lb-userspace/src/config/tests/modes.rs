@@ -203,3 +203,25 @@ fn clients_on_this_host_are_led_unless_told_otherwise() {
         assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
+
+#[test]
+fn the_mark_of_checks_leaves_room_for_their_numbers() {
+    assert_eq!(daemon("").unwrap().daemon.probe_mark, 0x51c0_0000);
+    let config = daemon("probe_mark = 0x00100000").unwrap();
+    assert_eq!(config.daemon.probe_mark, 0x0010_0000);
+    for (line, complaint) in [
+        (
+            "probe_mark = 0x51c00001",
+            "probe_mark 0x51c00001 has one of its low 20 bits set",
+        ),
+        (
+            "probe_mark = 0",
+            "probe_mark 0 is out of range; choose 1048576 to 4294967295",
+        ),
+        ("probe_mark = \"0x1\"", "probe_mark is a string"),
+    ] {
+        let error = daemon(line).expect_err(line);
+        assert!(error.contains(complaint), "{error}\nlacks\n{complaint}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
