@@ -1,6 +1,7 @@
 //! `cargo xtask bench` measures what it says, and writes what scripts can read. How long anything takes is nobody's concern here.
 
 use serde_json::{Map, Value};
+use sluice_tests::topology::sluice_bin;
 use std::{
     collections::BTreeSet,
     fs,
@@ -35,7 +36,10 @@ impl Drop for Folder {
 /// Runs the program and returns what it prints.
 fn bench(folder: &Folder, arguments: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-bench"));
-    command.env("SLUICE_BENCH_OUT", &folder.0).args(arguments);
+    command
+        .env("SLUICE_BENCH_OUT", &folder.0)
+        .env("SLUICE_BIN", sluice_bin());
+    command.args(arguments);
     let output = command.output().expect("the program starts");
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -115,6 +119,47 @@ fn packets_are_measured_and_the_program_does_what_the_case_says() {
         line.starts_with("dsr v4 tcp maglev established 1") && line.contains("min_ns")
     });
     assert!(change.is_some_and(|line| line.ends_with('%')), "{printed}");
+}
+
+/// The one result of a part that was asked for one case.
+fn only(part: &str, case: &str) -> Row {
+    let folder = Folder::new(part);
+    bench(&folder, &[part, "--quick", "--only", case]);
+    let mut rows = folder.results(&format!("{part}.json"));
+    assert_sane(&rows);
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    rows.remove(0)
+}
+
+#[test]
+fn requests_through_the_balancer_are_counted() {
+    let row = only("end-to-end", "http sluice nat");
+    for name in [
+        "requests_per_second",
+        "connections_per_second",
+        "latency_p99_us",
+    ] {
+        assert!(row[name].as_f64() > Some(0.0), "{name}: {row:?}");
+    }
+}
+
+#[test]
+fn a_table_is_measured() {
+    let row = only("control-plane", "table 100 backends");
+    assert_eq!(row["slots"], 16381, "{row:?}");
+    assert!(
+        row["moved_percent_when_one_goes"].as_f64() < Some(5.0),
+        "{row:?}"
+    );
+}
+
+#[test]
+fn clients_of_a_dead_backend_find_another() {
+    let row = only("failover", "process death 200");
+    assert!(
+        row["first_answer_median_ms"].as_f64() > Some(0.0),
+        "{row:?}"
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! HTTP through namespaces: no balancer, nftables, nginx, HAProxy and Sluice, one after the other on the same network.
 
-use crate::{Choice, cpu, progress, report::Report};
+use crate::{Choice, cpu, need_sluice, progress, report::Report};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use sluice_tests::topology::{Options, Topology, VIP4, sluice_bin, wait_until};
@@ -61,6 +61,7 @@ pub fn names(choice: &Choice) -> Vec<String> {
 
 /// Measures the cases that are wanted.
 pub fn measure(choice: &Choice) -> Result<Report> {
+    need_sluice()?;
     let mut report = Report::new();
     let contenders: Vec<Contender> = CONTENDERS
         .into_iter()

@@ -1,7 +1,11 @@
 //! `cargo xtask bench`: measures, prints tables, and writes JSON. `docs/performance.md` describes the methods.
 
+mod balancer;
+mod control_plane;
 mod cpu;
 mod end_to_end;
+mod failover;
+mod frame;
 mod machine;
 mod packets;
 mod report;
@@ -10,6 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};
 use report::Report;
 use std::{
+    fs,
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
     process::ExitCode,
@@ -33,7 +38,7 @@ struct Options {
     /// Fewer rounds and fewer sizes
     #[arg(long)]
     quick: bool,
-    /// Only cases whose names contain each of these words; may be given more than once, and then either will do
+    /// Only cases that have each of these words in their names; may be given more than once, and then either will do
     #[arg(long, value_name = "WORDS")]
     only: Vec<String>,
     /// Print the names of the cases and measure nothing
@@ -58,24 +63,45 @@ enum Part {
     Packets,
     /// Requests, connections and latency through namespaces, beside nftables, nginx and HAProxy
     EndToEnd,
+    /// Changes, tables, health checks, memory
+    ControlPlane,
+    /// What clients notice of a backend's death
+    Failover,
 }
 
-/// How each part is called, its cases and its measurement.
-type Measure = (
-    Part,
-    &'static str,
-    fn(&Choice) -> Vec<String>,
-    fn(&Choice) -> Result<Report>,
-);
+/// A part: what it is called, the names of its cases, and its measurement.
+struct Measure {
+    part: Part,
+    name: &'static str,
+    names: fn(&Choice) -> Vec<String>,
+    measure: fn(&Choice) -> Result<Report>,
+}
 
-const PARTS: [Measure; 2] = [
-    (Part::Packets, "packets", packets::names, packets::measure),
-    (
-        Part::EndToEnd,
-        "end-to-end",
-        end_to_end::names,
-        end_to_end::measure,
-    ),
+const PARTS: [Measure; 4] = [
+    Measure {
+        part: Part::Packets,
+        name: "packets",
+        names: packets::names,
+        measure: packets::measure,
+    },
+    Measure {
+        part: Part::EndToEnd,
+        name: "end-to-end",
+        names: end_to_end::names,
+        measure: end_to_end::measure,
+    },
+    Measure {
+        part: Part::ControlPlane,
+        name: "control-plane",
+        names: control_plane::names,
+        measure: control_plane::measure,
+    },
+    Measure {
+        part: Part::Failover,
+        name: "failover",
+        names: failover::names,
+        measure: failover::measure,
+    },
 ];
 
 /// Which cases are wanted, and how exactly.
@@ -88,7 +114,8 @@ pub struct Choice {
 impl Choice {
     /// Whether the case of this name is wanted.
     pub fn wants(&self, name: &str) -> bool {
-        let fits = |words: &String| words.split_whitespace().all(|word| name.contains(word));
+        let has: Vec<&str> = name.split([' ', ',']).collect();
+        let fits = |words: &String| words.split_whitespace().all(|word| has.contains(&word));
         self.only.is_empty() || self.only.iter().any(fits)
     }
 }
@@ -108,33 +135,41 @@ fn run(options: &Options) -> Result<()> {
         quick: options.quick,
         only: options.only.clone(),
     };
-    let wants = |part| options.parts.is_empty() || options.parts.contains(&part);
+    let chosen = |one: &&Measure| options.parts.is_empty() || options.parts.contains(&one.part);
+    let has_cases = |one: &&Measure| !(one.names)(&choice).is_empty();
+    let parts: Vec<&Measure> = PARTS.iter().filter(chosen).filter(has_cases).collect();
+    if parts.is_empty() {
+        bail!("no case has these words in its name; see --list");
+    }
+    if options.list {
+        let names = parts.iter().flat_map(|one| (one.names)(&choice));
+        names.for_each(|name| println!("{name}"));
+        return Ok(());
+    }
     let baseline = options.baseline.as_deref().map(report::read).transpose()?;
-    std::fs::create_dir_all(&options.out)
-        .with_context(|| format!("{}: cannot be made", options.out.display()))?;
+    let out = &options.out;
+    fs::create_dir_all(out).with_context(|| format!("{}: cannot be made", out.display()))?;
     let mut failures = 0;
-    let mut finish = |name: &str, report: Report| -> Result<()> {
-        let file = options.out.join(format!("{name}.json"));
+    for one in parts {
+        let report = (one.measure)(&choice)?;
+        let file = out.join(format!("{}.json", one.name));
         report.write(&file)?;
         if let Some(baseline) = &baseline {
             report.compare(baseline);
         }
-        println!("\n{} results in {}", report.len(), file.display());
+        println!("\n{} results in {}\n", report.len(), file.display());
         failures += report.failures();
-        Ok(())
-    };
-    for (part, name, names, measure) in PARTS {
-        if !wants(part) {
-            continue;
-        }
-        if options.list {
-            names(&choice).iter().for_each(|name| println!("{name}"));
-        } else {
-            finish(name, measure(&choice)?)?;
-        }
     }
     if failures > 0 {
         bail!("{failures} cases did not do what they should; see above");
+    }
+    Ok(())
+}
+
+/// Makes sure that it is known which `sluice` is measured.
+fn need_sluice() -> Result<()> {
+    if std::env::var_os("SLUICE_BIN").is_none_or(|file| file.is_empty()) {
+        bail!("SLUICE_BIN names no binary `sluice`; run `cargo xtask bench`, which builds one");
     }
     Ok(())
 }

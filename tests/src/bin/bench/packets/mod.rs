@@ -3,14 +3,16 @@
 //! Cases that need the same flows in the table form a group: a balancer of its own, in which the table is empty at first, then holds
 //! flows, then is full. In each of these stages every case is measured once in a round, and the floors with them.
 
-mod balancer;
-mod frame;
 mod wrapper;
 
-use crate::{Choice, progress, report::Report};
+use crate::{
+    Choice,
+    balancer::{self, Balancer, Plan},
+    frame::{ACK, Family, Frame, Network, PORT, SYN, Transport},
+    progress,
+    report::Report,
+};
 use anyhow::{Context as _, Result};
-use balancer::{Balancer, Plan};
-use frame::{ACK, Family, Frame, Network, PORT, SYN, Transport};
 use lb_common::{
     bench::{Case as Stamp, FIRST_PORT, PORT_BITS, stamp},
     names::{FORWARD, SCHEDULER, name_of},

@@ -1,6 +1,6 @@
 //! The program that runs in front of what is measured, and the clock.
 
-use super::frame::Family;
+use crate::frame::Family;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{Ebpf, EbpfLoader, maps::Map, programs::Xdp};
 use lb_common::bench::{Case, Tuple};

@@ -1,6 +1,6 @@
 //! The balancer that is measured: in the kernel, with services, and attached to nothing.
 
-use super::frame::{Family, Network, PORT};
+use crate::frame::{Family, Network, PORT};
 use anyhow::Result;
 use bytemuck::Zeroable as _;
 use lb_common::{
@@ -45,20 +45,25 @@ pub struct Plan {
 pub struct Balancer {
     /// Program and maps.
     pub dataplane: Dataplane,
-    services: u32,
+    reconciler: Reconciler,
+    /// The services as they are in the maps.
+    pub services: Vec<Service>,
 }
+
+/// Room for everything but flows.
+pub const LIMITS: Limits = Limits {
+    flows: 1 << 16,
+    services: 4096,
+    listeners: 65536,
+    backends: 16384,
+    slots: 4 << 20,
+    fragments: 8192,
+};
 
 impl Balancer {
     /// Loads it with room for so many flows, and puts services into its maps.
     pub fn load(flows: u32, plans: &[Plan]) -> Result<Self> {
-        let limits = Limits {
-            flows,
-            services: 4096,
-            listeners: 65536,
-            backends: 16384,
-            slots: 4 << 20,
-            fragments: 8192,
-        };
+        let limits = Limits { flows, ..LIMITS };
         let settings = Settings {
             nat_port_first: 1024,
             nat_port_last: 60999,
@@ -67,36 +72,37 @@ impl Balancer {
             ..Settings::zeroed()
         };
         let dataplane = Dataplane::load_unpinned(&limits, settings)?;
-        let mac = [2, 0, 0, 0, 0, 2];
-        let interface = Interface { mac, mtu: 1500 };
+        let interface = Interface {
+            mac: MAC,
+            mtu: 1500,
+        };
         dataplane.maps.interfaces.insert(&INGRESS, &interface)?;
+        let services = Self::services(plans);
+        let reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+        let mut balancer = Self {
+            dataplane,
+            reconciler,
+            services: services.clone(),
+        };
+        balancer.apply(&services)?;
+        Ok(balancer)
+    }
+
+    /// Services with addresses: VIPs by their place, backends one after the other.
+    pub fn services(plans: &[Plan]) -> Vec<Service> {
         let mut first = 1;
         let mut services = Vec::new();
         for (vip, plan) in (0..).zip(plans) {
             services.push(service(plan, vip, first));
             first += plan.backends;
         }
-        let hop = |address: IpAddr| {
-            let family = match address {
-                IpAddr::V4(_) => Family::V4,
-                IpAddr::V6(_) => Family::V6,
-            };
-            Some(Hop {
-                destination: [2, 0, 0, 0, 0, 3],
-                source: mac,
-                ifindex: INGRESS,
-                tags: 0,
-                address: family.address(Network::Hosts, 0),
-                mtu: 1500,
-            })
-        };
-        let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
-        let ops = reconciler.plan(&services, &[], hop, Instant::now())?;
-        apply::apply(&dataplane.maps, &ops)?;
-        Ok(Self {
-            dataplane,
-            services: plans.len() as u32,
-        })
+        services
+    }
+
+    /// Puts these services into the maps, as the daemon does: what is to be done is planned, and carried out.
+    pub fn apply(&mut self, services: &[Service]) -> Result<()> {
+        let ops = self.reconciler.plan(services, &[], hop, Instant::now())?;
+        apply::apply(&self.dataplane.maps, &ops)
     }
 
     /// Everything counted so far, of all services; drops also of packets that no service was found for.
@@ -104,10 +110,10 @@ impl Balancer {
         let stats = &self.dataplane.maps.service_stats;
         let mut total = Counters::default();
         // With thousands of services one call for all of them is the cheaper way.
-        if self.services > 64 {
+        if self.services.len() > 64 {
             stats.sums()?.into_iter().for_each(|one| total += one);
         } else {
-            for number in 1..=self.services {
+            for number in 1..=self.services.len() as u32 {
                 total += stats.sum(number)?;
             }
         }
@@ -149,6 +155,25 @@ impl Balancer {
         Ok(())
     }
 }
+
+/// The way to every address.
+fn hop(address: IpAddr) -> Option<Hop> {
+    let family = match address {
+        IpAddr::V4(_) => Family::V4,
+        IpAddr::V6(_) => Family::V6,
+    };
+    Some(Hop {
+        destination: [2, 0, 0, 0, 0, 3],
+        source: MAC,
+        ifindex: INGRESS,
+        tags: 0,
+        address: family.address(Network::Hosts, 0),
+        mtu: 1500,
+    })
+}
+
+/// The balancer's Ethernet address.
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// Source, destination and their ports, in network order.
 pub type Ends = ([u32; 4], [u32; 4], u16, u16);
