@@ -13,6 +13,7 @@ pub mod abi;
 pub mod addr;
 pub mod backend;
 pub mod bench;
+pub mod client;
 pub mod csum;
 pub mod decap;
 pub mod filter;

@@ -129,6 +129,11 @@ pub mod on_backend_down {
 pub const SERVICE_STATELESS: u32 = 1 << 0;
 /// Flag of [`Service::flags`]: a backend may have a limit ([`crate::backend::Load::max_connections`]).
 pub const SERVICE_LIMITED: u32 = 1 << 4;
+/// Flag of [`Service::flags`]: it is to be asked whether a client may begin a flow.
+pub const SERVICE_GUARDED: u32 = 1 << 5;
+/// Flag of [`Service::flags`]: maps `access4` and `access6` have prefixes of it. Only together with
+/// [`SERVICE_GUARDED`].
+pub const SERVICE_LISTED: u32 = 1 << 6;
 
 /// One service: an element of map `services`, one cache line.
 #[repr(C)]

@@ -52,3 +52,29 @@ pub unsafe fn replace(target: *mut u32, old: u32, new: u32) -> bool {
     }
     found == old
 }
+
+/// As [`replace`], for 64 bits.
+///
+/// # Safety
+///
+/// `target` must point into a map value and be aligned to 8 bytes.
+#[inline(always)]
+pub unsafe fn replace_u64(target: *mut u64, old: u64, new: u64) -> bool {
+    let mut found = old;
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({target} + 0, r0, {new})",
+            target = in(reg) target,
+            new = in(reg) new,
+            inout("r0") found,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        let _ = (target, new);
+        found = 0;
+    }
+    found == old
+}

@@ -2,6 +2,7 @@
 
 use crate::rewrite::encap;
 use crate::{
+    admit,
     flow::{self, Work},
     fragment,
     frame::{Cursor, Frame},
@@ -12,13 +13,14 @@ use crate::{
 };
 use aya_ebpf::{
     bindings::xdp_md,
-    btf_maps::{HashMap, LruHashMap},
+    btf_maps::{HashMap, LpmTrie, LruHashMap},
 };
 use core::mem::offset_of;
 use lb_common::{
     abi::Settings,
     addr::Address,
     backend::Backend,
+    client::{Affinity, ClientKey, Source},
     csum,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
@@ -36,6 +38,13 @@ pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
 pub type Services<A> = HashMap<ServiceKey<A>, u32, 65536>;
 /// The map of VIPs of one family.
 pub type Vips<A> = HashMap<A, Vip, 4096>;
+
+/// The map of clients' backends of one family.
+pub type Affinities<A> = LruHashMap<ClientKey<A>, Affinity, 65536>;
+/// The map of clients' rates of one family.
+pub type Sources<A> = LruHashMap<ClientKey<A>, Source, 65536>;
+/// The map of allowed and denied prefixes of one family.
+pub type Access<A> = LpmTrie<ClientKey<A>, u32, 65536>;
 
 /// The map of fragmented datagrams of one family.
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, Datagram<A>, 8192>;
@@ -76,9 +85,17 @@ pub trait Family: Sized {
     fn services() -> &'static Services<Self::Addr>;
     /// Its VIPs.
     fn vips() -> &'static Vips<Self::Addr>;
+    /// Its clients' backends.
+    fn affinity() -> &'static Affinities<Self::Addr>;
+    /// Its clients' rates.
+    fn sources() -> &'static Sources<Self::Addr>;
+    /// Its allowed and denied prefixes.
+    fn access() -> &'static Access<Self::Addr>;
 
     /// This CPU's desk.
     fn work() -> Option<&'static mut Work<Self::Addr>>;
+    /// [`crate::admit`]'s subprogram.
+    fn admit(service: u32) -> u64;
     /// [`crate::flow`]'s subprogram that picks a backend for a new flow and
     /// prepares its entry.
     fn choose() -> u64;
@@ -223,6 +240,26 @@ impl Family for V4 {
     #[inline(always)]
     fn vips() -> &'static Vips<u32> {
         &maps::VIPS4
+    }
+
+    #[inline(always)]
+    fn affinity() -> &'static Affinities<u32> {
+        &maps::AFFINITY4
+    }
+
+    #[inline(always)]
+    fn sources() -> &'static Sources<u32> {
+        &maps::SOURCES4
+    }
+
+    #[inline(always)]
+    fn access() -> &'static Access<u32> {
+        &maps::ACCESS4
+    }
+
+    #[inline(always)]
+    fn admit(service: u32) -> u64 {
+        admit::may_begin4(service)
     }
 
     #[inline(always)]
@@ -496,6 +533,26 @@ impl Family for V6 {
     #[inline(always)]
     fn vips() -> &'static Vips<[u32; 4]> {
         &maps::VIPS6
+    }
+
+    #[inline(always)]
+    fn affinity() -> &'static Affinities<[u32; 4]> {
+        &maps::AFFINITY6
+    }
+
+    #[inline(always)]
+    fn sources() -> &'static Sources<[u32; 4]> {
+        &maps::SOURCES6
+    }
+
+    #[inline(always)]
+    fn access() -> &'static Access<[u32; 4]> {
+        &maps::ACCESS6
+    }
+
+    #[inline(always)]
+    fn admit(service: u32) -> u64 {
+        admit::may_begin6(service)
     }
 
     #[inline(always)]

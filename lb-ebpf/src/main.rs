@@ -17,6 +17,7 @@
 // A key that is passed by value is copied to the stack once more.
 #![allow(clippy::needless_borrows_for_generic_args)]
 
+mod admit;
 mod atomic;
 mod bounds;
 mod checksum;

@@ -3,12 +3,13 @@
 
 use crate::{flow::Work, icmp::answer::Allowance};
 use aya_ebpf::{
-    btf_maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, DevMapHash, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::{
     abi::{NAT_SOURCES, Settings},
     backend::{Backend, Load, Slot},
+    client::{Affinity, ClientKey, Source},
     filter,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
@@ -56,6 +57,18 @@ pub static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::
 pub static FRAGMENTS4: LruHashMap<FragmentKey<u32>, Datagram<u32>, 8192> = LruHashMap::new();
 #[btf_map(name = "fragments6")]
 pub static FRAGMENTS6: LruHashMap<FragmentKey<Addr6>, Datagram<Addr6>, 8192> = LruHashMap::new();
+#[btf_map(name = "affinity4")]
+pub static AFFINITY4: LruHashMap<ClientKey<u32>, Affinity, 65536> = LruHashMap::new();
+#[btf_map(name = "affinity6")]
+pub static AFFINITY6: LruHashMap<ClientKey<Addr6>, Affinity, 65536> = LruHashMap::new();
+#[btf_map(name = "sources4")]
+pub static SOURCES4: LruHashMap<ClientKey<u32>, Source, 65536> = LruHashMap::new();
+#[btf_map(name = "sources6")]
+pub static SOURCES6: LruHashMap<ClientKey<Addr6>, Source, 65536> = LruHashMap::new();
+#[btf_map(name = "access4")]
+pub static ACCESS4: LpmTrie<ClientKey<u32>, u32, 65536> = LpmTrie::new();
+#[btf_map(name = "access6")]
+pub static ACCESS6: LpmTrie<ClientKey<Addr6>, u32, 65536> = LpmTrie::new();
 #[btf_map(name = "backend_load")]
 pub static BACKEND_LOAD: Array<Load, 16385, MMAPABLE> = Array::new();
 #[btf_map(name = "service_stats")]

@@ -9,7 +9,7 @@ use crate::{
     flow::{self, Work},
     frame::Frame,
     lookup, maps,
-    parse::{Link, Packet},
+    parse::{Link, Packet, protocol},
     rewrite, select, stats,
     verdict::Verdict,
 };
@@ -19,7 +19,7 @@ use lb_common::{
     filter::LANE_ANY_PORT,
     flow::{DIRECTION_CLIENT, FlowKey},
     hash,
-    service::{SERVICE_STATELESS, Service, forward, scheduler},
+    service::{SERVICE_GUARDED, SERVICE_STATELESS, Service, forward, scheduler},
 };
 
 /// Sends the packet, if its service is stateless and its slot settled. `None`: its flow may be
@@ -34,6 +34,11 @@ pub fn forward<F: Family>(
     let key = packet.key();
     let (number, service) = lookup::service::<F>(key.dst, key.dport, packet.protocol, lane)?;
     if service.flags & SERVICE_STATELESS == 0 || service.previous_table != 0 {
+        return None;
+    }
+    // Whoever may begin a flow is asked on the long way.
+    let begins = packet.protocol == protocol::UDP || packet.flags.opens();
+    if service.flags & SERVICE_GUARDED != 0 && begins {
         return None;
     }
     let flow_hash = hash::flow_hash(&key);

@@ -14,12 +14,14 @@ use lb_common::{
     abi::ticks_since,
     addr::{Address, to_ip},
     backend::{Backend, Load, NO_BACKEND, Slot},
+    client::{Affinity, ClientKey, masked},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
     hash,
     service::{Cursor, forward},
 };
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
+    hash::Hash,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     sync::atomic::Ordering,
@@ -119,6 +121,40 @@ impl Look {
     }
 }
 
+/// Clients of services with affinity who have flows, and the backend of one of these with its
+/// generation.
+type Clients<A> = StdHashMap<ClientKey<A>, (u32, u32)>;
+
+/// What a sweep gathers.
+struct Gathered<'a> {
+    sweep: &'a mut Sweep,
+    counts: &'a mut StdHashMap<u32, Counts>,
+    looks: &'a mut StdHashMap<u32, Look>,
+}
+
+/// Ticks between two notes that a client still has flows.
+const AFFINITY_INTERVAL: u32 = 953;
+
+/// Notes that clients still have flows with the backends they return to.
+fn refresh<A>(affinity: &HashMap<ClientKey<A>, Affinity>, clients: Clients<A>) -> Result<()>
+where
+    ClientKey<A>: bytemuck::Pod,
+{
+    let now = now();
+    for (client, (backend, generation)) in clients {
+        let Some(entry) = affinity.get(&client)? else {
+            continue;
+        };
+        // A client that was sent elsewhere meanwhile returns there.
+        let same = (entry.backend, entry.generation) == (backend, generation);
+        if same && ticks_since(now, entry.last_seen) >= AFFINITY_INTERVAL {
+            let last_seen = now;
+            affinity.insert(&client, &Affinity { last_seen, ..entry })?;
+        }
+    }
+    Ok(())
+}
+
 /// What the sweep must know of each service.
 #[derive(Clone, Debug, Default)]
 pub struct Timeouts {
@@ -127,6 +163,8 @@ pub struct Timeouts {
     pub idle: StdHashMap<u32, u32>,
     /// The tables of stateless services, by service number.
     pub stateless: StdHashMap<u32, Table>,
+    /// Bits of a client's address that affinity goes by, by the number of a service that has it.
+    pub affinity: StdHashMap<u32, [u32; 4]>,
 }
 
 /// What a sweep found.
@@ -184,6 +222,8 @@ pub struct Flows {
     load: SharedArray<Load>,
     slots: SharedArray<Slot>,
     cursors: SharedArray<Cursor>,
+    affinity4: HashMap<ClientKey<u32>, Affinity>,
+    affinity6: HashMap<ClientKey<[u32; 4]>, Affinity>,
     /// By how much the counts of each backend were wrong in the sweep before.
     drift: StdHashMap<u32, Counts>,
 }
@@ -202,6 +242,8 @@ impl Flows {
             load: SharedArray::from_fd(maps.backend_load.as_fd().try_clone_to_owned()?)?,
             slots: SharedArray::from_fd(maps.slots.as_fd().try_clone_to_owned()?)?,
             cursors: SharedArray::from_fd(maps.cursors.as_fd().try_clone_to_owned()?)?,
+            affinity4: HashMap::from_fd(maps.affinity4.as_fd().try_clone_to_owned()?)?,
+            affinity6: HashMap::from_fd(maps.affinity6.as_fd().try_clone_to_owned()?)?,
             drift: StdHashMap::new(),
         })
     }
@@ -220,8 +262,15 @@ impl Flows {
             // A flow whose recording had begun can be found when this is over.
             std::thread::sleep(RECORDING);
         }
-        self.sweep_table(&self.flows4, timeouts, &mut sweep, &mut counts, &mut looks)?;
-        self.sweep_table(&self.flows6, timeouts, &mut sweep, &mut counts, &mut looks)?;
+        let mut gathered = Gathered {
+            sweep: &mut sweep,
+            counts: &mut counts,
+            looks: &mut looks,
+        };
+        let clients = self.sweep_table(&self.flows4, timeouts, &mut gathered)?;
+        refresh(&self.affinity4, clients)?;
+        let clients = self.sweep_table(&self.flows6, timeouts, &mut gathered)?;
+        refresh(&self.affinity6, clients)?;
         self.correct(&counts, &mut sweep);
         for (number, look) in looks {
             sweep.settling.insert(number, self.settling(number, look));
@@ -233,15 +282,19 @@ impl Flows {
         &self,
         flows: &HashMap<FlowKey<A>, Flow<A>>,
         timeouts: &Timeouts,
-        sweep: &mut Sweep,
-        counts: &mut StdHashMap<u32, Counts>,
-        looks: &mut StdHashMap<u32, Look>,
-    ) -> Result<()>
+        gathered: &mut Gathered<'_>,
+    ) -> Result<Clients<A>>
     where
-        A: Address,
+        A: Address + Hash,
         FlowKey<A>: bytemuck::Pod,
         Flow<A>: bytemuck::Pod,
     {
+        let Gathered {
+            sweep,
+            counts,
+            looks,
+        } = gathered;
+        let mut clients = Clients::new();
         let now = now();
         let mut over = Vec::new();
         let mut halves = Vec::new();
@@ -266,6 +319,16 @@ impl Flows {
                         look.strangers.insert(place);
                     }
                 }
+            }
+            if let Some(mask) = timeouts.affinity.get(&flow.service)
+                && belongs
+                && state::is_held(flow.state)
+            {
+                let client = ClientKey {
+                    service: flow.service,
+                    addr: masked(key.src, mask),
+                };
+                clients.insert(client, (flow.backend, flow.generation));
             }
             if !belongs || silent > patience(flow.state, idle.unwrap_or(0)) {
                 over.push((*key, *flow, belongs));
@@ -304,7 +367,7 @@ impl Flows {
                 sweep.orphans += 1;
             }
         }
-        Ok(())
+        Ok(clients)
     }
 
     /// The tables of stateless services before a sweep.

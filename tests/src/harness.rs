@@ -9,11 +9,14 @@ use crate::{
 };
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData, PerCpuArray, hash_map::HashMap as BpfHashMap, xdp::DevMapHash},
+    maps::{
+        Array, LpmTrie, Map, MapData, PerCpuArray, hash_map::HashMap as BpfHashMap, lpm_trie,
+        xdp::DevMapHash,
+    },
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
 use lb_common::{
-    abi, addr, backend,
+    abi, addr, backend, client,
     filter::{
         LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP, lane_of, place,
     },
@@ -112,6 +115,14 @@ pub struct Service {
     pub on_backend_down: u8,
     /// Ticks a handshake may take; 0: no limit.
     pub connect_timeout: u32,
+    /// Ticks for which a client returns to its backend; 0: not at all.
+    pub affinity: u32,
+    /// Bits of a client's address that affinity goes by.
+    pub affinity_mask: u8,
+    /// New flows a second that one client may begin; 0: no limit.
+    pub source_rate: u32,
+    /// Prefixes of clients, and whether they may begin flows; whoever none holds may.
+    pub access: Vec<(IpAddr, u8, bool)>,
     /// Whether flows are recorded only where a slot is not settled.
     pub stateless: bool,
     /// What each slot's other number is: which backend, of what the slot has now; `None`: it is settled. Of a
@@ -134,6 +145,10 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
         on_no_backend: service::on_no_backend::RESET,
         on_backend_down: service::on_backend_down::KEEP,
         connect_timeout: 0,
+        affinity: 0,
+        affinity_mask: 128,
+        source_rate: 0,
+        access: Vec::new(),
         stateless: false,
         previous: None,
         backends: Vec::new(),
@@ -180,6 +195,28 @@ impl Service {
     #[must_use]
     pub fn on_backend_down(mut self, what: u8) -> Self {
         self.on_backend_down = what;
+        self
+    }
+
+    /// Lets clients return to their backend for this many ticks, by the first `mask` bits of their
+    /// address.
+    #[must_use]
+    pub fn affinity(mut self, ticks: u32, mask: u8) -> Self {
+        (self.affinity, self.affinity_mask) = (ticks, mask);
+        self
+    }
+
+    /// Limits the new flows that one client may begin in a second.
+    #[must_use]
+    pub fn source_rate(mut self, rate: u32) -> Self {
+        self.source_rate = rate;
+        self
+    }
+
+    /// Allows or denies the clients of a prefix.
+    #[must_use]
+    pub fn access(mut self, address: IpAddr, bits: u8, allow: bool) -> Self {
+        self.access.push((address, bits, allow));
         self
     }
 
@@ -470,6 +507,10 @@ pub struct Balancer {
 const FLOWS: u32 = 32768;
 /// Entries of the tables of fragmented datagrams.
 const FRAGMENTS: u32 = 2048;
+/// Entries of the tables of clients.
+const CLIENTS: u32 = 8192;
+/// Entries of the tables of allowed and denied prefixes.
+const PREFIXES: u32 = 8192;
 /// Slots of a table for a hash scheduler.
 const TABLE_SLOTS: usize = 251;
 /// Elements of the maps indexed by service number.
@@ -617,6 +658,9 @@ impl Balancer {
                 }
             }
         }
+        for (address, bits, allow) in &service.access {
+            self.write_access(number, *address, *bits, *allow);
+        }
         self.mark(service.vip, LANE_VIP);
         if service.port == 0 {
             self.mark(service.vip, LANE_ANY_PORT);
@@ -667,6 +711,25 @@ impl Balancer {
             ..bytemuck::Zeroable::zeroed()
         };
         self.set("backend_load", number, load);
+    }
+
+    fn write_access(&mut self, service: u32, address: IpAddr, bits: u8, allow: bool) {
+        let prefix_len = client::SERVICE_BITS + u32::from(bits);
+        let rule = if allow { client::ALLOW } else { client::DENY };
+        match address {
+            IpAddr::V4(ip) => {
+                let addr = addr::from_ipv4(ip);
+                let data = client::ClientKey { service, addr };
+                let key = client::AccessKey { prefix_len, data };
+                self.lpm_insert("access4", key, rule);
+            }
+            IpAddr::V6(ip) => {
+                let addr = addr::from_ipv6(ip);
+                let data = client::ClientKey { service, addr };
+                let key = client::AccessKey { prefix_len, data };
+                self.lpm_insert("access6", key, rule);
+            }
+        }
     }
 
     /// Sets the MTU of an interface, with the balancer's MAC address.
@@ -766,7 +829,15 @@ impl Balancer {
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
             flags: flag(s.stateless, service::SERVICE_STATELESS)
-                | flag(s.is_limited(), service::SERVICE_LIMITED),
+                | flag(s.is_limited(), service::SERVICE_LIMITED)
+                | flag(!s.access.is_empty(), service::SERVICE_LISTED)
+                | flag(
+                    !s.access.is_empty() || s.source_rate != 0,
+                    service::SERVICE_GUARDED,
+                ),
+            affinity: s.affinity,
+            affinity_mask: mask(s.affinity_mask),
+            source_rate: s.source_rate,
             ..bytemuck::Zeroable::zeroed()
         };
         self.set("services", number, record);
@@ -831,6 +902,67 @@ impl Balancer {
             .unwrap_or_else(|e| panic!("map {map} is not a hash of these sizes: {e}"));
         hash.insert(Raw(key), Raw(value), 0)
             .unwrap_or_else(|e| panic!("map {map}: {e}"));
+    }
+
+    fn lpm_insert<A: addr::Address>(&mut self, map: &str, key: client::AccessKey<A>, rule: u32)
+    where
+        client::ClientKey<A>: bytemuck::Pod,
+    {
+        let mut trie: LpmTrie<&mut MapData, Raw<client::ClientKey<A>>, u32> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a trie of these sizes: {e}"));
+        let key = lpm_trie::Key::new(key.prefix_len, Raw(key.data));
+        trie.insert(&key, rule, 0)
+            .unwrap_or_else(|e| panic!("map {map}: {e}"));
+    }
+
+    fn clear_trie<A: addr::Address>(&mut self, map: &str)
+    where
+        client::ClientKey<A>: bytemuck::Pod,
+    {
+        let mut trie: LpmTrie<&mut MapData, Raw<client::ClientKey<A>>, u32> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a trie of these sizes: {e}"));
+        let keys: Vec<_> = trie.keys().collect();
+        for key in keys {
+            let key = key.unwrap_or_else(|e| panic!("map {map}: {e}"));
+            trie.remove(&key)
+                .unwrap_or_else(|e| panic!("map {map}: {e}"));
+        }
+    }
+
+    /// Makes what is known of clients' backends older by `ticks`.
+    pub fn age_clients(&mut self, ticks: u32) {
+        self.age_affinity::<u32>("affinity4", ticks);
+        self.age_affinity::<[u32; 4]>("affinity6", ticks);
+    }
+
+    fn age_affinity<A>(&mut self, map: &str, ticks: u32)
+    where
+        A: addr::Address,
+        client::ClientKey<A>: bytemuck::Pod,
+    {
+        type Clients<M, A> = BpfHashMap<M, Raw<client::ClientKey<A>>, Raw<client::Affinity>>;
+        let mut hash: Clients<&mut MapData, A> = self
+            .map(map)
+            .try_into()
+            .unwrap_or_else(|e| panic!("map {map} is not a hash of these sizes: {e}"));
+        let entries: Vec<_> = hash.iter().collect();
+        for entry in entries {
+            let (key, mut client) = entry.unwrap_or_else(|e| panic!("map {map}: {e}"));
+            client.0.last_seen = client.0.last_seen.wrapping_sub(ticks);
+            hash.insert(key, client, 0)
+                .unwrap_or_else(|e| panic!("map {map}: {e}"));
+        }
+    }
+
+    fn clear_clients(&mut self) {
+        self.clear_hash::<client::ClientKey<u32>, client::Affinity>("affinity4");
+        self.clear_hash::<client::ClientKey<[u32; 4]>, client::Affinity>("affinity6");
+        self.clear_hash::<client::ClientKey<u32>, client::Source>("sources4");
+        self.clear_hash::<client::ClientKey<[u32; 4]>, client::Source>("sources6");
     }
 
     /// Everything counted so far.
@@ -1103,6 +1235,7 @@ impl Balancer {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
         self.clear_fragments();
+        self.clear_clients();
         let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
         for number in 1..=backends {
             self.without_connections(number);
@@ -1115,6 +1248,9 @@ impl Balancer {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
         self.clear_fragments();
+        self.clear_clients();
+        self.clear_trie::<u32>("access4");
+        self.clear_trie::<[u32; 4]>("access6");
         self.clear_hash::<u32, service::Vip>("vips4");
         self.clear_hash::<[u32; 4], service::Vip>("vips6");
         self.clear_hash::<service::ServiceKey<u32>, u32>("services4");
@@ -1217,6 +1353,12 @@ fn load() -> Ebpf {
         ("flows6", FLOWS),
         ("fragments4", FRAGMENTS),
         ("fragments6", FRAGMENTS),
+        ("affinity4", CLIENTS),
+        ("affinity6", CLIENTS),
+        ("sources4", CLIENTS),
+        ("sources6", CLIENTS),
+        ("access4", PREFIXES),
+        ("access6", PREFIXES),
     ] {
         loader.map_max_entries(name, entries);
     }
@@ -1273,6 +1415,13 @@ pub fn selection_table(service: &Service) -> Vec<usize> {
         service::scheduler::LEAST_CONNECTIONS => members(service),
         _ => spread_table(&weights, TABLE_SLOTS),
     }
+}
+
+/// The first `bits` bits of an address, as a record has them; those an address does not have count
+/// for nothing.
+fn mask(bits: u8) -> [u32; 4] {
+    let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
+    addr::from_ipv6(mask.into())
 }
 
 /// The weight in force of a backend.

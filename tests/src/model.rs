@@ -69,6 +69,28 @@ struct Datagram {
     age: u32,
 }
 
+/// The backend that a client returns to.
+#[derive(Clone, Debug)]
+struct Client {
+    service: u32,
+    /// The bits of its address that count.
+    bits: u128,
+    index: usize,
+    backend: u32,
+    generation: u32,
+    age: u32,
+}
+
+/// The first `bits` of an address.
+fn first_bits(ip: IpAddr, bits: u8) -> u128 {
+    let (all, width) = match ip {
+        IpAddr::V4(ip) => (u128::from(u32::from(ip)), 32),
+        IpAddr::V6(ip) => (u128::from(ip), 128),
+    };
+    let others = width - u32::from(bits).min(width);
+    all.checked_shr(others).unwrap_or(0)
+}
+
 /// Ticks of half a minute.
 const DATAGRAM_LIFETIME: u32 = 30 * 953;
 
@@ -91,6 +113,7 @@ pub struct Model {
     turns: BTreeMap<u32, usize>,
     flows: Vec<Flow>,
     load: BTreeMap<u32, (u64, u64)>,
+    clients: Vec<Client>,
     ports: std::ops::RangeInclusive<u16>,
     /// Networks of the outer source addresses, with the mask of their host bits.
     encap4: Option<(u32, u32)>,
@@ -190,6 +213,7 @@ impl Model {
             datagrams: Vec::new(),
             flows: Vec::new(),
             load: BTreeMap::new(),
+            clients: Vec::new(),
             ports: settings.nat_port_first..=settings.nat_port_last,
             encap4: (mask4 != 0).then_some((u32::from_be(settings.encap_source4), mask4)),
             encap6: (mask6 != 0).then_some((network6, u128::from(mask6))),
@@ -216,6 +240,9 @@ impl Model {
         }
         for datagram in &mut self.datagrams {
             datagram.age += ticks;
+        }
+        for client in &mut self.clients {
+            client.age += ticks;
         }
     }
 
@@ -585,8 +612,11 @@ impl Model {
         if packet.protocol() == TCP && !opens(packet) {
             return Ok(refused(packet, DropReason::NoFlow, number));
         }
+        if !self.may_begin(n, packet.src) {
+            return Ok(dropped(DropReason::Denied, number));
+        }
         let without_backend = self.services[n].on_no_backend;
-        let index = match self.pick(number, packet, real) {
+        let index = match self.returning(number, packet, real) {
             Ok(index) => index,
             Err(reason) => {
                 return Ok(match without_backend {
@@ -762,6 +792,62 @@ impl Model {
             })
         };
         at(true).or_else(|| at(false).filter(|_| packet.dport != 0))
+    }
+
+    /// Whether a client is allowed by the longest prefix that holds it.
+    fn may_begin(&self, n: usize, client: IpAddr) -> bool {
+        let holds = |rule: &&(IpAddr, u8, bool)| {
+            let (address, bits, _) = **rule;
+            address.is_ipv4() == client.is_ipv4()
+                && first_bits(address, bits) == first_bits(client, bits)
+        };
+        let rules = self.services[n].access.iter().filter(holds);
+        rules.max_by_key(|rule| rule.1).is_none_or(|rule| rule.2)
+    }
+
+    /// The backend that a client returns to, or the one picked for it.
+    fn returning(
+        &mut self,
+        number: u32,
+        packet: &Packet,
+        real: &Outcome,
+    ) -> Result<usize, DropReason> {
+        let service = self.services[number as usize - 1].clone();
+        if service.affinity == 0 {
+            return self.pick(number, packet, real);
+        }
+        let bits = first_bits(packet.src, service.affinity_mask);
+        let place = self
+            .clients
+            .iter()
+            .position(|c| (c.service, c.bits) == (number, bits));
+        if let Some(place) = place {
+            let client = self.clients[place].clone();
+            let backend = &service.backends[client.index];
+            let there = client.generation == self.generation(client.backend)
+                && backend.alive
+                && backend.resolved
+                && backend.weight > 0;
+            if there && client.age < service.affinity && !self.is_full(number, client.index) {
+                self.clients[place].age = 0;
+                return Ok(client.index);
+            }
+        }
+        let index = self.pick(number, packet, real)?;
+        let backend = self.first_backend[number as usize - 1] + index as u32;
+        let client = Client {
+            service: number,
+            bits,
+            index,
+            backend,
+            generation: self.generation(backend),
+            age: 0,
+        };
+        match place {
+            Some(place) => self.clients[place] = client,
+            None => self.clients.push(client),
+        }
+        Ok(index)
     }
 
     /// The backend of a new flow, or why there is none.

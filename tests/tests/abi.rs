@@ -4,6 +4,7 @@
 use lb_common::{
     abi::Settings,
     backend::{Backend, Load, Slot},
+    client::{AccessKey, Affinity, ClientKey, Source},
     decap,
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
@@ -164,6 +165,26 @@ fn layouts() -> Vec<Layout> {
             src: Addr6, dst: Addr6, backend: u32, generation: u32, service: u32, l2: [u32; 3],
             ifindex: u32, tags: u32, created: u32, l3_delta: u16, direction: u8, forward: u8, hash: u32, reserved: u32,
         }),
+        layout!("ClientKey_3C_u32_3E_", ClientKey<u32> { service: u32, addr: u32 }),
+        layout!("ClientKey_3C__5B_u32_3B__20_4_5D__3E_", ClientKey<Addr6> { service: u32, addr: Addr6 }),
+        layout!(
+            "Key_3C_lb_common_3A__3A_client_3A__3A_ClientKey_3C_u32_3E__3E_",
+            AccessKey<u32> { prefix_len: u32, data: ClientKey<u32> }
+        ),
+        layout!(
+            "Key_3C_lb_common_3A__3A_client_3A__3A_ClientKey_3C__5B_u32_3B__20_4_5D__3E__3E_",
+            AccessKey<Addr6> { prefix_len: u32, data: ClientKey<Addr6> }
+        ),
+        layout!(
+            "Affinity",
+            Affinity {
+                backend: u32,
+                generation: u32,
+                last_seen: u32,
+                reserved: u32
+            }
+        ),
+        layout!("Source", Source { clear: u64 }),
         layout!(
             "Load",
             Load {
@@ -238,7 +259,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 29] = [
+const MAPS: [(&str, &str, &str); 35] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -266,6 +287,28 @@ const MAPS: [(&str, &str, &str); 29] = [
         "fragments6",
         "FragmentKey_3C__5B_u32_3B__20_4_5D__3E_",
         "Datagram_3C__5B_u32_3B__20_4_5D__3E_",
+    ),
+    ("affinity4", "ClientKey_3C_u32_3E_", "Affinity"),
+    (
+        "affinity6",
+        "ClientKey_3C__5B_u32_3B__20_4_5D__3E_",
+        "Affinity",
+    ),
+    ("sources4", "ClientKey_3C_u32_3E_", "Source"),
+    (
+        "sources6",
+        "ClientKey_3C__5B_u32_3B__20_4_5D__3E_",
+        "Source",
+    ),
+    (
+        "access4",
+        "Key_3C_lb_common_3A__3A_client_3A__3A_ClientKey_3C_u32_3E__3E_",
+        "4",
+    ),
+    (
+        "access6",
+        "Key_3C_lb_common_3A__3A_client_3A__3A_ClientKey_3C__5B_u32_3B__20_4_5D__3E__3E_",
+        "4",
     ),
     ("backend_load", "4", "Load"),
     ("service_stats", "4", "Counters"),

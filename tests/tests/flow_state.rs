@@ -165,6 +165,10 @@ impl World {
             on_no_backend: on_no_backend::DROP,
             on_backend_down: self.policy,
             connect_timeout: 0,
+            affinity: 0,
+            affinity_mask: [0; 4],
+            source_rate: 0,
+            access: std::collections::BTreeMap::new(),
             stateless: true,
             idle_timeout: WINDOW,
             answer_arp: false,
@@ -340,6 +344,7 @@ impl World {
         let timeouts = Timeouts {
             idle: HashMap::from([(number, u32::MAX / 2)]),
             stateless: self.reconciler.stateless_tables(),
+            affinity: std::collections::HashMap::new(),
         };
         let sweep = self.flows.sweep(&timeouts).unwrap();
         self.most_recorded = self.most_recorded.max(sweep.flows);

@@ -204,6 +204,20 @@ fn balancer(setup: &Setup) -> Balancer {
                     s.backends.iter_mut().for_each(|b| b.max_connections = 1);
                 }
             }
+            // One client of three may not come to the second service of each family; to the third
+            // only that one.
+            match n {
+                2 | 3 => {
+                    s = s.access(CLIENT_2.ip(*family), longest(*family), false);
+                }
+                4 => {
+                    let all = Ipv4Addr::UNSPECIFIED.into();
+                    s = s.access(all, 0, false).access(CLIENT.ip(*family), 32, true);
+                }
+                0 => s = s.affinity(AGE + AGE / 2, 32),
+                5 => s = s.affinity(AGE / 2, 128),
+                _ => {}
+            }
             if n < 4 {
                 s = s.connect_timeout(CONNECT_TIMEOUT);
             }
@@ -248,6 +262,13 @@ fn balancer(setup: &Setup) -> Balancer {
         balancer.set_encap_source(Some(v4), Some(v6));
     }
     balancer
+}
+
+fn longest(family: Family) -> u8 {
+    match family {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    }
 }
 
 /// The address of a backend in the other family.
@@ -557,6 +578,7 @@ fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<
             Event::Age => {
                 balancer.age_flows(AGE);
                 balancer.age_fragments(AGE);
+                balancer.age_clients(AGE);
                 model.age(AGE);
                 continue;
             }
@@ -650,6 +672,7 @@ fn the_program_does_what_the_model_does() {
         DropReason::BackendDown,
         DropReason::ConnectTimeout,
         DropReason::BackendFull,
+        DropReason::Denied,
     ];
     let wanted = reasons
         .iter()

@@ -15,11 +15,12 @@ use crate::{
     parse::{Link, Packet, TcpFlags},
     verdict::Verdict,
 };
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_ktime_get_coarse_ns};
 use core::mem::offset_of;
 use lb_common::{
     abi::{self, ticks_since},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
+    client::ClientKey,
     filter::{LANE_NAT_SOURCE, LANE_VIP},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
     fragment::{Datagram, FragmentKey},
@@ -84,6 +85,10 @@ pub struct Work<A> {
     pub reply_key: FlowKey<A>,
     /// The client's entry of a new flow.
     pub client: Flow<A>,
+    /// The client as the maps of clients know it.
+    pub client_key: ClientKey<A>,
+    /// What the lists are asked for.
+    pub access: Key<ClientKey<A>>,
     /// Of the fragment that is being followed, or the first one of a datagram.
     pub fragment: FragmentKey<A>,
     /// Where the first fragment goes.
@@ -93,19 +98,19 @@ pub struct Work<A> {
 /// What a subprogram decided, in one register: one of the constants, or the number of a drop
 /// reason, to which [`REFUSE`] is added if the sender is to be told, and the MTU from bit 16 on if
 /// that is what it is told; the service's number in the high half.
-type Decision = u64;
+pub type Decision = u64;
 
 /// Go on.
-const FOLLOW: u64 = 0;
+pub const FOLLOW: u64 = 0;
 /// The flow is over, and the packet may begin another.
 const OVER: u64 = 1 << 16;
 /// Not a packet for any service.
-const NOT_OURS: u64 = 2 << 16;
+pub const NOT_OURS: u64 = 2 << 16;
 /// Tell the sender.
 const REFUSE: u64 = 1 << 8;
 
 #[inline(always)]
-const fn dropped(reason: DropReason, service: u32) -> Decision {
+pub const fn dropped(reason: DropReason, service: u32) -> Decision {
     (service as u64) << 32 | reason as u64
 }
 

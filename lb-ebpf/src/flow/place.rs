@@ -8,7 +8,7 @@ use super::{
     too_big,
 };
 use crate::{
-    atomic,
+    admit, atomic,
     family::Family,
     lookup, maps,
     parse::{TcpFlags, protocol},
@@ -22,7 +22,9 @@ use lb_common::{
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
     hash,
-    service::{SERVICE_STATELESS, Service, forward, on_backend_down, on_no_backend},
+    service::{
+        SERVICE_GUARDED, SERVICE_STATELESS, Service, forward, on_backend_down, on_no_backend,
+    },
     stats::DropReason,
 };
 
@@ -44,6 +46,12 @@ pub fn choose<F: Family>() -> Decision {
     if !udp && !opens && !stateless {
         return refused(DropReason::NoFlow, number);
     }
+    if service.flags & SERVICE_GUARDED != 0 && (udp || opens) {
+        match F::admit(number) {
+            FOLLOW => {}
+            decision => return decision,
+        }
+    }
     work.recording = 1;
     let backend_number = if stateless {
         let owners = stateless::owners(service, key);
@@ -59,9 +67,19 @@ pub fn choose<F: Family>() -> Decision {
         // One that is with its slot's backend is found there without a record.
         work.recording = u32::from(owners.new != owners.old);
         if old == REFUSED { owners.new } else { old }
+    } else if service.affinity != 0 {
+        match admit::returning::<F>(work, number, service) {
+            NO_BACKEND => match select::backend(number, service, &work.arrival.key) {
+                none @ (NO_BACKEND | ALL_FULL) => none,
+                backend => admit::remember::<F>(work, number, service, backend),
+            },
+            backend => backend,
+        }
     } else {
         select::backend(number, service, key)
     };
+    let arrival = &work.arrival;
+    let key = &arrival.key;
     if backend_number == ALL_FULL {
         return no_backend(DropReason::BackendFull, service, number);
     }

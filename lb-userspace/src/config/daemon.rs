@@ -344,6 +344,8 @@ impl Limits {
         backends: 16384,
         slots: 1 << 22,
         fragments: 8192,
+        clients: 65536,
+        prefixes: 65536,
     };
     // Map sizes and numbers in the maps are 32 bits wide; above these the memory is no longer
     // that of one machine.
@@ -354,6 +356,8 @@ impl Limits {
         backends: 1 << 24,
         slots: 1 << 30,
         fragments: 1 << 24,
+        clients: 1 << 28,
+        prefixes: 1 << 24,
     };
 }
 
@@ -375,6 +379,8 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
         "backends",
         "slots",
         "fragments",
+        "clients",
+        "prefixes",
     ])?;
     let limit = |key, default, largest| match section.get(key) {
         None => Ok(default),
@@ -394,6 +400,8 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
         backends: limit("backends", default.backends, largest.backends)?,
         slots: limit("slots", default.slots, largest.slots)?,
         fragments: limit("fragments", default.fragments, largest.fragments)?,
+        clients: limit("clients", default.clients, largest.clients)?,
+        prefixes: limit("prefixes", default.prefixes, largest.prefixes)?,
     };
     Ok((limits, section.offset))
 }

@@ -17,7 +17,7 @@ mod whole;
 pub use error::Error;
 pub use listen::{Endpoint, Listen, Ports};
 pub use select::{BackendSelector, SelectError, ServiceSelector};
-pub use value::Human;
+pub use value::{Human, Prefix};
 
 use read::{Section, Source};
 use std::{
@@ -113,6 +113,10 @@ pub struct Limits {
     pub slots: u32,
     /// Entries of each family's table of fragmented datagrams.
     pub fragments: u32,
+    /// Clients of each address family whose backend, and whose rate of new flows, is remembered.
+    pub clients: u32,
+    /// Prefixes of each address family in all allow and deny lists together.
+    pub prefixes: u32,
 }
 
 /// One `[[service]]`.
@@ -138,10 +142,40 @@ pub struct Service {
     pub idle_timeout: Duration,
     /// How long a TCP handshake may take; `None`: as long as the client tries.
     pub connect_timeout: Option<Duration>,
+    /// How long a client returns to its backend after its last flow; zero: not at all.
+    pub affinity: Duration,
+    /// How many bits of a client's address affinity goes by.
+    pub affinity_mask: u8,
+    /// New flows a second that one client address may begin; 0: no limit.
+    pub max_new_per_source: u32,
+    /// Clients that may begin flows, of the VIP's family; empty: all.
+    pub allow: Vec<Prefix>,
+    /// Clients that may not, of the VIP's family.
+    pub deny: Vec<Prefix>,
     /// How backends are checked.
     pub health: Health,
     /// Backends, in the order of the file.
     pub backends: Vec<Backend>,
+}
+
+impl Service {
+    /// What decides about a client by the longest prefix that holds it, and whether it may begin a
+    /// flow then. With an allow list, whoever no prefix holds may not.
+    pub fn rules(&self) -> impl Iterator<Item = (Prefix, bool)> + '_ {
+        let everybody = Prefix {
+            address: match self.vip() {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            },
+            bits: 0,
+        };
+        let others = (!self.allow.is_empty()).then_some((everybody, false));
+        let others = others.filter(|_| !self.allow.contains(&everybody));
+        let others = others.filter(|_| !self.deny.contains(&everybody));
+        let allow = self.allow.iter().map(|prefix| (*prefix, true));
+        let deny = self.deny.iter().map(|prefix| (*prefix, false));
+        allow.chain(deny).chain(others)
+    }
 }
 
 /// Transport protocol of a service.

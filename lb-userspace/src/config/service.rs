@@ -9,7 +9,7 @@ use lb_common::{
     names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, name_of, number_of},
     service::{forward, on_backend_down, on_no_backend, scheduler},
 };
-use std::{net::IpAddr, time::Duration};
+use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 const IDLE_TIMEOUT_TCP: Duration = Duration::from_secs(15 * 60);
 const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(60);
@@ -23,11 +23,13 @@ const STATUS: (u16, u16) = (100, 599);
 const EXPECT: (u16, u16) = (200, 399);
 
 /// Keys that both a service and `[defaults]` may have.
-const CASCADING: [&str; 14] = [
+const CASCADING: [&str; 16] = [
     "forward",
     "scheduler",
     "track",
     "affinity",
+    "affinity_mask4",
+    "affinity_mask6",
     "on_backend_down",
     "on_no_backend",
     "slow_start",
@@ -50,7 +52,12 @@ pub(super) struct Options {
     on_no_backend: Option<At<u8>>,
     idle_timeout: Option<At<Duration>>,
     connect_timeout: Option<At<Duration>>,
-    allow: Option<At<Vec<Prefix>>>,
+    affinity: Option<At<Duration>>,
+    affinity_mask4: Option<At<u32>>,
+    affinity_mask6: Option<At<u32>>,
+    max_new_per_source: Option<At<u32>>,
+    allow: Option<At<Vec<At<Prefix>>>>,
+    deny: Option<At<Vec<At<Prefix>>>>,
     health: HealthOptions,
 }
 
@@ -156,11 +163,7 @@ pub(super) fn service(
         (Protocol::Udp, None) => None,
         (Protocol::Tcp, own) => pick(own, &defaults.connect_timeout).map(|at| at.value),
     };
-    if let Some(allow) = pick(&own.allow, &defaults.allow)
-        && !allow.value.iter().any(|prefix| prefix.is_all_of(listen.ip))
-    {
-        return Err(section.error(allow.offset, "allow is not supported yet; remove it"));
-    }
+    let (allow, deny) = lists(&section, listen.ip, &own, defaults)?;
     let number =
         |own, default, fallback| pick(own, default).map_or(fallback, |at: &At<u8>| at.value);
 
@@ -187,11 +190,35 @@ pub(super) fn service(
             ),
         ));
     }
+    let affinity = pick(&own.affinity, &defaults.affinity).map_or(Duration::ZERO, |at| at.value);
+    let (mask, other, longest) = if listen.ip.is_ipv4() {
+        let mask = pick(&own.affinity_mask4, &defaults.affinity_mask4);
+        (mask, &own.affinity_mask6, 32)
+    } else {
+        let mask = pick(&own.affinity_mask6, &defaults.affinity_mask6);
+        (mask, &own.affinity_mask4, 128)
+    };
+    if let Some(other) = other {
+        let message = "the VIP has no client of this family; remove this affinity_mask";
+        return Err(section.error(other.offset, message));
+    }
+    if affinity.is_zero()
+        && let Some(own) = own.affinity_mask4.as_ref().or(own.affinity_mask6.as_ref())
+    {
+        let message = "affinity_mask has no effect without affinity; add affinity = \"10m\"";
+        return Err(section.error(own.offset, message));
+    }
+    let max_new_per_source =
+        pick(&own.max_new_per_source, &defaults.max_new_per_source).map_or(0, |at| at.value);
     let scheduler = number(&own.scheduler, &defaults.scheduler, scheduler::MAGLEV);
+    let needs = Needs {
+        affinity: !affinity.is_zero(),
+        rate_of_datagrams: protocol == Protocol::Udp && max_new_per_source != 0,
+    };
     let track_all = pick(&own.track, &defaults.track).is_some_and(|at| at.value);
     if let Some(track) = &own.track
         && !track.value
-        && let Some(why) = records_all(mode, scheduler, connect_timeout, &backends)
+        && let Some(why) = records_all(mode, scheduler, connect_timeout, &backends, needs)
     {
         let message = format!("{why} needs every flow recorded; remove track = \"changes\"");
         return Err(section.error(track.offset, message));
@@ -217,6 +244,11 @@ pub(super) fn service(
             ),
             idle_timeout,
             connect_timeout,
+            affinity,
+            affinity_mask: mask.map_or(longest, |at| at.value as u8),
+            max_new_per_source,
+            allow,
+            deny,
             health,
             backends,
         },
@@ -226,12 +258,22 @@ pub(super) fn service(
     })
 }
 
+/// What a service promises about flows that only a record of them can keep.
+#[derive(Clone, Copy)]
+struct Needs {
+    /// A client returns to its backend.
+    affinity: bool,
+    /// Flows of a protocol that does not show where one begins are counted.
+    rate_of_datagrams: bool,
+}
+
 /// What makes it impossible to find a flow by hashing its packets again, if anything.
 fn records_all(
     mode: u8,
     scheduler: u8,
     connect_timeout: Option<Duration>,
     backends: &[Backend],
+    needs: Needs,
 ) -> Option<String> {
     if forward::translates(mode) {
         return Some(format!("forward {}", quote(name_of(FORWARD, mode))));
@@ -242,10 +284,58 @@ fn records_all(
             quote(name_of(SCHEDULER, scheduler))
         ));
     }
+    if needs.affinity {
+        return Some("affinity".to_owned());
+    }
+    if needs.rate_of_datagrams {
+        return Some("max_new_per_source of a udp service".to_owned());
+    }
     if backends.iter().any(|b| b.max_connections != 0) {
         return Some("max_connections".to_owned());
     }
     connect_timeout.map(|_| "connect_timeout".to_owned())
+}
+
+/// The prefixes of a service's lists that are of its VIP's family.
+fn lists(
+    section: &Section<'_>,
+    vip: IpAddr,
+    own: &Options,
+    defaults: &Options,
+) -> Result<(Vec<Prefix>, Vec<Prefix>), Error> {
+    let of_family = |list: Option<&At<Vec<At<Prefix>>>>| -> Vec<At<Prefix>> {
+        let prefixes = list.map_or(&[][..], |at| &at.value);
+        let same = |at: &&At<Prefix>| at.value.address.is_ipv4() == vip.is_ipv4();
+        prefixes.iter().filter(same).cloned().collect()
+    };
+    let list = pick(&own.allow, &defaults.allow);
+    let (allow, deny) = (of_family(list), of_family(pick(&own.deny, &defaults.deny)));
+    if let Some(list) = list
+        && !list.value.is_empty()
+        && allow.is_empty()
+    {
+        let (family, all) = if vip.is_ipv4() {
+            ("IPv4", "0.0.0.0/0")
+        } else {
+            ("IPv6", "::/0")
+        };
+        let message =
+            format!("allow names no {family} clients, so none could come; add some, or \"{all}\"");
+        return Err(section.error(list.offset, message));
+    }
+    let mut known: HashSet<Prefix> = allow.iter().map(|at| at.value).collect();
+    if let Some(twice) = deny.iter().find(|at| !known.insert(at.value)) {
+        let message = format!("deny {} is listed before; remove one", twice.value);
+        return Err(section.error(twice.offset, message));
+    }
+    let values = |list: Vec<At<Prefix>>| list.into_iter().map(|at| at.value).collect();
+    let mut allow: Vec<Prefix> = values(allow);
+    if let [everybody] = &allow[..]
+        && everybody.bits == 0
+    {
+        allow.clear();
+    }
+    Ok((allow, values(deny)))
 }
 
 /// What the service says, else what `[defaults]` says.
@@ -309,6 +399,18 @@ impl Options {
                 .map(|entry| positive(&entry, example))
                 .transpose()
         };
+        let bits = |key, longest| {
+            section
+                .get(key)
+                .map(|entry| Ok(entry.at(entry.integer(1, longest)?)))
+                .transpose()
+        };
+        let list = |key, example: &str| {
+            section
+                .get(key)
+                .map(|entry| prefixes(section, &entry, key, example))
+                .transpose()
+        };
         let options = Self {
             forward: word("forward", FORWARD, &[])?,
             scheduler: word("scheduler", SCHEDULER, &[])?,
@@ -320,35 +422,33 @@ impl Options {
                 .transpose()?,
             idle_timeout: time("idle_timeout", "15m")?,
             connect_timeout: time("connect_timeout", "1s")?,
-            allow: section
-                .get("allow")
-                .map(|entry| prefixes(section, &entry, "allow", "0.0.0.0/0"))
+            affinity: section
+                .get("affinity")
+                .map(|entry| Ok(entry.at(any_duration(&entry, "10m")?)))
                 .transpose()?,
+            affinity_mask4: bits("affinity_mask4", 32)?,
+            affinity_mask6: bits("affinity_mask6", 128)?,
+            max_new_per_source: section
+                .get("max_new_per_source")
+                .map(|entry| {
+                    let text = entry.text("200/s")?;
+                    let rate = value::rate(text).map_err(|message| entry.bad(text, message))?;
+                    Ok(entry.at(rate))
+                })
+                .transpose()?,
+            allow: list("allow", "10.0.0.0/8")?,
+            deny: list("deny", "203.0.113.0/24")?,
             health: HealthOptions::read(section)?,
         };
         // Each of these is checked, so that a typing mistake is not hidden, and then refused.
-        for (key, example) in [("affinity", "10m"), ("slow_start", "30s")] {
-            if let Some(entry) = section.get(key)
-                && !any_duration(&entry, example)?.is_zero()
-            {
-                return Err(entry.not_yet(key, "remove it"));
-            }
+        if let Some(entry) = section.get("slow_start")
+            && !any_duration(&entry, "30s")?.is_zero()
+        {
+            return Err(entry.not_yet("slow_start", "remove it"));
         }
         if let Some(entry) = section.get("drain_timeout") {
             any_duration(&entry, "5m")?;
             return Err(entry.not_yet("drain_timeout", "remove it"));
-        }
-        if let Some(entry) = section.get("max_new_per_source") {
-            let text = entry.text("200/s")?;
-            value::rate(text).map_err(|message| entry.bad(text, message))?;
-            return Err(entry.not_yet("max_new_per_source", "remove it"));
-        }
-        if let Some(entry) = section.get("deny")
-            && !prefixes(section, &entry, "deny", "203.0.113.0/24")?
-                .value
-                .is_empty()
-        {
-            return Err(entry.not_yet("deny", "remove it"));
         }
         Ok(options)
     }
@@ -399,24 +499,26 @@ fn prefixes(
     entry: &Entry<'_, '_>,
     key: &str,
     example: &str,
-) -> Result<At<Vec<Prefix>>, Error> {
-    let prefixes: Result<Vec<Prefix>, Error> = entry
+) -> Result<At<Vec<At<Prefix>>>, Error> {
+    let mut known = HashSet::new();
+    let prefixes: Result<Vec<At<Prefix>>, Error> = entry
         .texts(example)?
         .into_iter()
         .map(|at| {
-            at.value.parse().map_err(|message: String| {
+            let bad = |message: &str| {
                 section.error(at.offset, format!("{key} {} {message}", quote(at.value)))
+            };
+            let value = at.value.parse().map_err(|message: String| bad(&message))?;
+            if !known.insert(value) {
+                return Err(bad("is listed twice; remove one"));
+            }
+            Ok(At {
+                value,
+                offset: at.offset,
             })
         })
         .collect();
     Ok(entry.at(prefixes?))
-}
-
-impl Prefix {
-    /// Whether the prefix holds every address of the family of `ip`.
-    fn is_all_of(self, ip: IpAddr) -> bool {
-        self.bits == 0 && self.address.is_ipv4() == ip.is_ipv4()
-    }
 }
 
 impl HealthOptions {
@@ -651,6 +753,10 @@ impl Service {
     #[must_use]
     pub fn is_stateless(&self) -> bool {
         let (mode, limit) = (self.forward, self.connect_timeout);
-        !self.track_all && records_all(mode, self.scheduler, limit, &self.backends).is_none()
+        let needs = Needs {
+            affinity: !self.affinity.is_zero(),
+            rate_of_datagrams: self.protocol == Protocol::Udp && self.max_new_per_source != 0,
+        };
+        !self.track_all && records_all(mode, self.scheduler, limit, &self.backends, needs).is_none()
     }
 }

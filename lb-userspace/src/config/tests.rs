@@ -55,6 +55,8 @@ fn the_minimal_example_has_the_documented_defaults() {
             backends: 16384,
             slots: 4_194_304,
             fragments: 8192,
+            clients: 65536,
+            prefixes: 65536,
         },
         services: vec![Service {
             name: "web".to_owned(),
@@ -67,6 +69,11 @@ fn the_minimal_example_has_the_documented_defaults() {
             on_backend_down: on_backend_down::KEEP,
             idle_timeout: Duration::from_secs(900),
             connect_timeout: None,
+            affinity: Duration::ZERO,
+            affinity_mask: 32,
+            max_new_per_source: 0,
+            allow: vec![],
+            deny: vec![],
             health: Health {
                 check: Check::None,
                 interval: Duration::from_secs(1),
@@ -137,32 +144,12 @@ fn equal_files_make_equal_configurations() {
 fn every_later_feature_is_refused_by_name() {
     for (key, complaint) in [
         (
-            "affinity = \"10m\"",
-            "affinity is not supported yet; remove it",
-        ),
-        (
             "slow_start = \"30s\"",
             "slow_start is not supported yet; remove it",
         ),
         (
             "drain_timeout = \"5m\"",
             "drain_timeout is not supported yet; remove it",
-        ),
-        (
-            "max_new_per_source = \"200/s\"",
-            "max_new_per_source is not supported yet; remove it",
-        ),
-        (
-            "allow = [\"10.0.0.0/8\"]",
-            "allow is not supported yet; remove it",
-        ),
-        (
-            "allow = [\"::/0\"]",
-            "allow is not supported yet; remove it",
-        ),
-        (
-            "deny = [\"10.0.0.0/8\"]",
-            "deny is not supported yet; remove it",
         ),
         (
             "on_backend_down = \"reschedule\"",
@@ -576,8 +563,8 @@ fn mistakes_outside_services_name_line_object_and_remedy() {
             "4: defaults: idle_timeout \"1\" has no unit",
         ),
         (
-            daemon("[defaults]\naffinity = \"1s\""),
-            "4: defaults: affinity is not supported yet; remove it",
+            daemon("[defaults]\naffinity = \"1\""),
+            "4: defaults: affinity \"1\" has no unit",
         ),
         (
             daemon("[defaults.health]\ntype = \"grpc\""),
@@ -836,4 +823,86 @@ proptest! {
             .collect();
         assert_one_line(&text.join("\n"))?;
     }
+}
+
+#[test]
+fn lists_of_clients_decide_by_the_longest_prefix() {
+    let rules = |lines: &str| -> Vec<String> {
+        let config = parse(&with_service(lines)).unwrap();
+        let rules = config.services[0].rules();
+        rules
+            .map(|(prefix, allow)| format!("{prefix} {allow}"))
+            .collect()
+    };
+    assert_eq!(rules(""), Vec::<String>::new());
+    assert_eq!(rules("deny = [\"192.0.2.7\"]"), ["192.0.2.7/32 false"]);
+    assert_eq!(
+        rules("allow = [\"10.0.0.0/8\", \"2001:db8::/32\"]\ndeny = [\"10.9.0.0/16\"]"),
+        ["10.0.0.0/8 true", "10.9.0.0/16 false", "0.0.0.0/0 false"],
+        "with an allow list nobody else may come"
+    );
+    assert_eq!(
+        rules("allow = [\"10.9.0.0/16\", \"0.0.0.0/0\"]\ndeny = [\"10.0.0.0/8\"]"),
+        ["10.9.0.0/16 true", "0.0.0.0/0 true", "10.0.0.0/8 false"]
+    );
+    assert_eq!(
+        rules("allow = [\"10.9.0.0/16\"]\ndeny = [\"0.0.0.0/0\"]"),
+        ["10.9.0.0/16 true", "0.0.0.0/0 false"]
+    );
+}
+
+#[test]
+fn mistakes_about_clients_are_refused() {
+    for (lines, complaint) in [
+        (
+            "allow = [\"2001:db8::/32\"]",
+            "allow names no IPv4 clients, so none could come; add some, or \"0.0.0.0/0\"",
+        ),
+        (
+            "deny = [\"10.0.0.1/8\"]",
+            "deny \"10.0.0.1/8\" has bits set behind its prefix; set them to zero",
+        ),
+        (
+            "deny = [\"10.0.0.1\", \"10.0.0.1/32\"]",
+            "deny \"10.0.0.1/32\" is listed twice; remove one",
+        ),
+        (
+            "allow = [\"10.0.0.0/8\"]\ndeny = [\"10.0.0.0/8\"]",
+            "deny 10.0.0.0/8 is listed before; remove one",
+        ),
+        (
+            "max_new_per_source = \"200\"",
+            "max_new_per_source \"200\" is not a rate; write it like \"200/s\"",
+        ),
+        (
+            "affinity_mask4 = 24",
+            "affinity_mask has no effect without affinity; add affinity = \"10m\"",
+        ),
+        (
+            "affinity = \"1m\"\naffinity_mask6 = 64",
+            "the VIP has no client of this family; remove this affinity_mask",
+        ),
+        (
+            "forward = \"dsr\"\naffinity = \"1m\"\ntrack = \"changes\"",
+            "affinity needs every flow recorded; remove track = \"changes\"",
+        ),
+    ] {
+        let error = service_error(lines);
+        assert!(error.ends_with(complaint), "{error}\nis not\n{complaint}");
+    }
+}
+
+#[test]
+fn masks_of_affinity_cascade_to_services_of_their_family() {
+    let text = "[daemon]\ninterfaces = [\"eth0\"]\n[defaults]\naffinity = \"10m\"\n\
+                affinity_mask4 = 24\naffinity_mask6 = 64\n\
+                [[service]]\nname = \"a\"\nlisten = \"198.51.100.10:80\"\n\
+                [[service]]\nname = \"b\"\nlisten = \"[2001:db8::1]:80\"\naffinity = \"0s\"\n";
+    let config = parse(text).unwrap();
+    let masks: Vec<_> = config
+        .services
+        .iter()
+        .map(|s| (s.affinity.as_secs(), s.affinity_mask))
+        .collect();
+    assert_eq!(masks, [(600, 24), (0, 64)]);
 }

@@ -217,11 +217,19 @@ pub(super) fn range(text: &str, low: u16, high: u16) -> Result<(u16, u16), Strin
     Ok((first, last))
 }
 
-/// An address prefix such as `10.0.0.0/8`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Prefix {
-    pub(super) address: IpAddr,
-    pub(super) bits: u8,
+/// Addresses that begin with the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Prefix {
+    /// The first of them: all other bits are zero.
+    pub address: IpAddr,
+    /// How many bits are the same.
+    pub bits: u8,
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.bits)
+    }
 }
 
 impl FromStr for Prefix {
@@ -243,11 +251,18 @@ impl FromStr for Prefix {
                 .filter(|bits| *bits <= longest)
                 .ok_or(malformed)?,
         };
+        let host = match address {
+            IpAddr::V4(a) => u128::from(a.to_bits()) << bits & u128::from(u32::MAX),
+            IpAddr::V6(a) => a.to_bits().checked_shl(bits.into()).unwrap_or(0),
+        };
+        if host != 0 {
+            return Err("has bits set behind its prefix; set them to zero".to_owned());
+        }
         Ok(Self { address, bits })
     }
 }
 
-/// `NUMBER/s`; checked, though nothing uses it yet.
+/// `NUMBER/s`.
 pub(super) fn rate(text: &str) -> Result<u32, String> {
     text.strip_suffix("/s")
         .and_then(|number| number.parse().ok())

@@ -181,6 +181,20 @@ fn room(
         let what = format!("{count} backends");
         return Err(too_small("backends", limits.backends, count, &what));
     }
+    for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
+        let of_family = services
+            .iter()
+            .map(|placed| &placed.service)
+            .filter(|service| service.vip().is_ipv4() == is_v4);
+        let count: u64 = of_family
+            .map(|service| service.rules().count() as u64)
+            .sum();
+        // A reload adds what is new before it takes away what is old.
+        if 2 * count > u64::from(limits.prefixes) {
+            let what = format!("{count} prefixes of {family} clients and their replacements");
+            return Err(too_small("prefixes", limits.prefixes, 2 * count, &what));
+        }
+    }
     let mut total = 0;
     for placed in services {
         let service = &placed.service;

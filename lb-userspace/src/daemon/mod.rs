@@ -744,6 +744,7 @@ impl Daemon {
         Timeouts {
             idle,
             stateless: self.reconciler.stateless_tables(),
+            affinity: self.reconciler.affinity_masks(),
         }
     }
 
@@ -809,6 +810,13 @@ fn wanted(
         on_no_backend: own.on_no_backend,
         on_backend_down: own.on_backend_down,
         connect_timeout: own.connect_timeout.map_or(0, flows::ticks),
+        affinity: match own.affinity {
+            Duration::ZERO => 0,
+            time => flows::ticks(time),
+        },
+        affinity_mask: mask(own.vip(), own.affinity_mask),
+        source_rate: own.max_new_per_source,
+        access: own.rules().collect(),
         stateless: own.is_stateless(),
         idle_timeout: own.idle_timeout,
         answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),
@@ -825,6 +833,20 @@ fn wanted(
                 alive: backend.may_keep_flows(),
             })
             .collect(),
+    }
+}
+
+/// The first `bits` of an address of the family of `vip`, as the data plane has them.
+fn mask(vip: IpAddr, bits: u8) -> [u32; 4] {
+    match vip {
+        IpAddr::V4(_) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
+            [mask.to_be(), 0, 0, 0]
+        }
+        IpAddr::V6(_) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
+            from_ipv6(mask.into())
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use bytemuck::Pod;
 use lb_common::{
     addr::{self, Address},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
+    client::{ALLOW, AccessKey, Affinity, ClientKey, SERVICE_BITS, Source},
     filter,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
@@ -96,6 +97,12 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "fragments6" => hash(&maps.fragments6, emit, |key, datagram| {
             fragment(key, u32::from_be(key.id), datagram)
         }),
+        "affinity4" => hash(&maps.affinity4, emit, affinity),
+        "affinity6" => hash(&maps.affinity6, emit, affinity),
+        "sources4" => hash(&maps.sources4, emit, source),
+        "sources6" => hash(&maps.sources6, emit, source),
+        "access4" => hash(&maps.access4, emit, access),
+        "access6" => hash(&maps.access6, emit, access),
         "backend_load" => array(&maps.backend_load, emit, |index, l: Load| {
             json!({
                 "backend": index,
@@ -209,6 +216,28 @@ fn address_filter(map: &SharedArray<u64>, emit: Emit<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn affinity<A: Address>(key: &ClientKey<A>, entry: &Affinity) -> Value {
+    json!({
+        "service": key.service,
+        "client": ip(key.addr),
+        "backend": entry.backend,
+        "generation": entry.generation,
+        "last_seen": entry.last_seen,
+    })
+}
+
+fn source<A: Address>(key: &ClientKey<A>, entry: &Source) -> Value {
+    json!({"service": key.service, "client": ip(key.addr), "clear": entry.clear})
+}
+
+fn access<A: Address>(key: &AccessKey<A>, rule: &u32) -> Value {
+    json!({
+        "service": key.data.service,
+        "prefix": format!("{}/{}", ip(key.data.addr), key.prefix_len.saturating_sub(SERVICE_BITS)),
+        "access": if *rule == ALLOW { "allow" } else { "deny" },
+    })
 }
 
 fn ip<A: Address>(address: A) -> IpAddr {

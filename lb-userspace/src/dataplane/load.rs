@@ -475,6 +475,7 @@ pub(super) fn map_data(map: &Map) -> Result<&MapData> {
         | Map::PerCpuArray(map)
         | Map::HashMap(map)
         | Map::LruHashMap(map)
+        | Map::LpmTrie(map)
         | Map::DevMapHash(map) => Ok(map),
         other => bail!("the embedded BPF object has a map of an unexpected type: {other:?}"),
     }

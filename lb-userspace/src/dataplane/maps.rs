@@ -10,6 +10,7 @@ use bytemuck::Pod;
 use lb_common::{
     abi::Settings,
     backend::{Backend, Load, Slot},
+    client::{AccessKey, Affinity, ClientKey, Source},
     flow::{Flow, FlowKey},
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
@@ -102,6 +103,18 @@ maps! {
     fragments4: HashMap<FragmentKey<u32>, Datagram<u32>>,
     /// Fragmented datagrams in IPv6.
     fragments6: HashMap<FragmentKey<V6>, Datagram<V6>>,
+    /// The backend that an IPv4 client returns to.
+    affinity4: HashMap<ClientKey<u32>, Affinity>,
+    /// The backend that an IPv6 client returns to.
+    affinity6: HashMap<ClientKey<V6>, Affinity>,
+    /// How fast an IPv4 client begins flows.
+    sources4: HashMap<ClientKey<u32>, Source>,
+    /// How fast an IPv6 client begins flows.
+    sources6: HashMap<ClientKey<V6>, Source>,
+    /// IPv4 clients that are allowed or denied.
+    access4: HashMap<AccessKey<u32>, u32>,
+    /// IPv6 clients that are allowed or denied.
+    access6: HashMap<AccessKey<V6>, u32>,
     /// Live connections by backend number.
     backend_load: SharedArray<Load>,
     /// Counters by service number.

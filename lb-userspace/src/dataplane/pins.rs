@@ -503,6 +503,8 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
         "slots" => Some(("slots", 0)),
         "flows4" | "flows6" => Some(("flows", 0)),
         "fragments4" | "fragments6" => Some(("fragments", 0)),
+        "affinity4" | "affinity6" | "sources4" | "sources6" => Some(("clients", 0)),
+        "access4" | "access6" => Some(("prefixes", 0)),
         _ => None,
     }
 }
@@ -514,6 +516,8 @@ fn limit_value(limits: &Limits, limit: &str) -> u32 {
         "backends" => limits.backends,
         "slots" => limits.slots,
         "fragments" => limits.fragments,
+        "clients" => limits.clients,
+        "prefixes" => limits.prefixes,
         _ => limits.flows,
     }
 }

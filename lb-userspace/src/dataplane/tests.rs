@@ -29,6 +29,8 @@ const LIMITS: Limits = Limits {
     backends: 32,
     slots: 4096,
     fragments: 512,
+    clients: 512,
+    prefixes: 512,
 };
 
 fn root() -> bool {

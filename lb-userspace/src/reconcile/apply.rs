@@ -2,14 +2,15 @@
 
 use super::plan::{Found, Op};
 use crate::{
-    config::{Listen, Ports, Protocol},
-    dataplane::Maps,
+    config::{Listen, Ports, Prefix, Protocol},
+    dataplane::{HashMap as DataplaneMap, Maps},
     model::ServiceKey as Key,
 };
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
     addr::{from_ipv4, from_ipv6},
     backend::Load,
+    client::{ALLOW, AccessKey, ClientKey, DENY, SERVICE_BITS},
     service::{Service, ServiceKey, Vip},
 };
 use std::{
@@ -70,6 +71,30 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
                     .store(bytemuck::cast(*slot), Ordering::Release);
             }
         }
+        Op::Access {
+            number,
+            prefix,
+            allow,
+        } => {
+            let rule = allow.map(|allow| if allow { ALLOW } else { DENY });
+            let (address, bits) = (prefix.address, prefix.bits);
+            match address {
+                IpAddr::V4(a) => {
+                    decide(
+                        &maps.access4,
+                        &access_key(*number, from_ipv4(a), bits),
+                        rule,
+                    )?;
+                }
+                IpAddr::V6(a) => {
+                    decide(
+                        &maps.access6,
+                        &access_key(*number, from_ipv6(a), bits),
+                        rule,
+                    )?;
+                }
+            }
+        }
         Op::Service { number, record } => {
             maps.services.store(*number, *record);
             ensure!(maps.services.read(*number) == *record, "reads differently");
@@ -116,6 +141,31 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
     Ok(())
 }
 
+/// Sets what is decided about a prefix, or removes it.
+fn decide<A>(
+    map: &DataplaneMap<AccessKey<A>, u32>,
+    key: &AccessKey<A>,
+    rule: Option<u32>,
+) -> Result<()>
+where
+    AccessKey<A>: bytemuck::Pod,
+{
+    match rule {
+        Some(rule) => map.insert(key, &rule)?,
+        None => {
+            map.remove(key)?;
+        }
+    }
+    Ok(())
+}
+
+fn access_key<A>(service: u32, addr: A, bits: u8) -> AccessKey<A> {
+    AccessKey {
+        prefix_len: SERVICE_BITS + u32::from(bits),
+        data: ClientKey { service, addr },
+    }
+}
+
 /// The ports of the keys that stand for `id`.
 fn ports(id: &Key) -> RangeInclusive<u16> {
     let (first, last) = id.listen.ports.keys();
@@ -134,6 +184,7 @@ fn describe(op: &Op) -> String {
             format!("counters of backend {number}")
         }
         Op::Backend { number, .. } => format!("map backends: backend {number}"),
+        Op::Access { number, prefix, .. } => format!("map access: {prefix} of service {number}"),
         Op::Slots { first, .. } | Op::Reslot { first, .. } => {
             format!("map slots: table at {first}")
         }
@@ -168,6 +219,14 @@ pub fn find(maps: &Maps) -> Result<Found> {
         let address = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(*address)));
         found.vips.push((address, vip.flags));
     })?;
+    maps.access4.iter_batches(|key, rule| {
+        let address = Ipv4Addr::from(key.data.addr.to_ne_bytes());
+        note_rule(&mut found, key, address.into(), *rule);
+    })?;
+    maps.access6.iter_batches(|key, rule| {
+        let address = Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(key.data.addr));
+        note_rule(&mut found, key, address.into(), *rule);
+    })?;
     found.records = found
         .services
         .iter()
@@ -190,6 +249,12 @@ pub fn find(maps: &Maps) -> Result<Found> {
         .filter(|(_, record)| record.generation != 0 || record.service != 0)
         .collect();
     Ok(found)
+}
+
+fn note_rule<A>(found: &mut Found, key: &AccessKey<A>, address: IpAddr, rule: u32) {
+    let bits = key.prefix_len.saturating_sub(SERVICE_BITS) as u8;
+    let rules = found.access.entry(key.data.service).or_default();
+    rules.insert(Prefix { address, bits }, rule == ALLOW);
 }
 
 fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(Key, u32)> {

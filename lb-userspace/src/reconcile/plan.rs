@@ -7,7 +7,7 @@ use super::{
     slots::{Region, SlotSpace},
 };
 use crate::{
-    config::{Endpoint, Ports},
+    config::{Endpoint, Ports, Prefix},
     model::{self, ServiceKey},
     scheduler::{self, Member},
 };
@@ -17,12 +17,12 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, NO_BACKEND, Slot},
     filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP},
     service::{
-        SERVICE_LIMITED, SERVICE_STATELESS, Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD,
-        forward, scheduler as schedulers,
+        SERVICE_GUARDED, SERVICE_LIMITED, SERVICE_LISTED, SERVICE_STATELESS,
+        Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward, scheduler as schedulers,
     },
 };
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -45,6 +45,15 @@ pub struct Service {
     pub on_backend_down: u8,
     /// Ticks a handshake may take; 0: no limit.
     pub connect_timeout: u32,
+    /// Ticks for which a client returns to its backend after its last flow; 0: not at all.
+    pub affinity: u32,
+    /// Bits of a client's address that affinity goes by, as in the record.
+    pub affinity_mask: [u32; 4],
+    /// New flows a second that one client address may begin; 0: no limit.
+    pub source_rate: u32,
+    /// What decides about clients, and whether they may begin flows: see
+    /// [`crate::config::Service::rules`].
+    pub access: BTreeMap<Prefix, bool>,
     /// Whether its flows are found by hashing again, and recorded only where the table changes.
     pub stateless: bool,
     /// How long a flow of it may be silent.
@@ -139,6 +148,15 @@ pub enum Op {
         /// What becomes of which.
         changes: Changes,
     },
+    /// Writes what decides about clients of a service.
+    Access {
+        /// Service number.
+        number: u32,
+        /// The clients.
+        prefix: Prefix,
+        /// Whether they may begin flows; `None`: nothing is decided about them.
+        allow: Option<bool>,
+    },
     /// Writes a service.
     Service {
         /// Service number.
@@ -201,6 +219,8 @@ struct Held {
     digest: u64,
     /// Hash of the list of members.
     members_digest: u64,
+    /// What decides about clients.
+    access: BTreeMap<Prefix, bool>,
     /// What of the table changed lately, in a stateless service.
     delta: Option<Delta>,
     /// How long a flow of it may be silent.
@@ -282,6 +302,8 @@ pub struct Found {
     pub backends: Vec<(u32, BackendRecord)>,
     /// The tables of the services, by their first slot.
     pub tables: HashMap<u32, Vec<Slot>>,
+    /// What decides about clients, by service number.
+    pub access: HashMap<u32, BTreeMap<Prefix, bool>>,
     /// VIPs and their flags.
     pub vips: Vec<(IpAddr, u32)>,
 }
@@ -305,7 +327,7 @@ impl Reconciler {
 
     /// Takes over what is `found`, and returns what has to be done first: what no service
     /// explains is removed, and the filter made to cover what is.
-    pub fn adopt(&mut self, found: Found) -> Vec<Op> {
+    pub fn adopt(&mut self, mut found: Found) -> Vec<Op> {
         let mut ops = Vec::new();
         let mut by_number: HashMap<u32, Vec<ServiceKey>> = HashMap::new();
         for (id, number) in keys::runs_of(found.services) {
@@ -358,6 +380,7 @@ impl Reconciler {
                     pool: None,
                     digest,
                     members_digest: digest_of(&owners_in(own_members(&record))),
+                    access: found.access.remove(number).unwrap_or_default(),
                     delta: stateless.then(|| Delta::adopt(slots, replaced)),
                     idle_timeout: Duration::ZERO,
                     is_marked: stateless,
@@ -366,6 +389,9 @@ impl Reconciler {
             if stateless {
                 self.filter.add(id.listen.ip, LANE_STATELESS);
             }
+        }
+        for (number, access) in found.access {
+            ops.extend(changed_access(number, &access, &BTreeMap::new()).1);
         }
         let by_number: HashMap<u32, ServiceKey> = self
             .services
@@ -449,6 +475,15 @@ impl Reconciler {
     #[must_use]
     pub fn service_number(&self, id: &ServiceKey) -> Option<u32> {
         self.services.get(id).map(|held| held.number)
+    }
+
+    /// Bits of a client's address that affinity goes by, by the number of a service that has it.
+    pub fn affinity_masks(&self) -> HashMap<u32, [u32; 4]> {
+        let with = |held: &&Held| held.record.affinity != 0;
+        let services = self.services.values().filter(with);
+        services
+            .map(|held| (held.number, held.record.affinity_mask))
+            .collect()
     }
 
     /// The number of a backend.
@@ -725,6 +760,7 @@ impl Reconciler {
                 pool: None,
                 digest: 0,
                 members_digest: digest_of(&[]),
+                access: BTreeMap::new(),
                 delta: None,
                 idle_timeout: Duration::ZERO,
                 is_marked: false,
@@ -808,17 +844,22 @@ impl Reconciler {
             members = held.record.table;
         }
         held.pool = Some(draft.pool);
+        let (come, gone) = changed_access(held.number, &held.access, &wanted.access);
+        held.access.clone_from(&wanted.access);
+        ops.extend(come);
+        let guarded = !wanted.access.is_empty() || wanted.source_rate != 0;
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
         let record = ServiceRecord {
             table: held.record.table,
             previous_table: held.record.previous_table,
             members,
-            flags: if wanted.stateless {
-                SERVICE_STATELESS
-            } else if is_limited(wanted) {
-                SERVICE_LIMITED
-            } else {
-                0
-            },
+            flags: flag(wanted.stateless, SERVICE_STATELESS)
+                | flag(is_limited(wanted), SERVICE_LIMITED)
+                | flag(guarded, SERVICE_GUARDED)
+                | flag(!wanted.access.is_empty(), SERVICE_LISTED),
+            affinity: wanted.affinity,
+            affinity_mask: wanted.affinity_mask,
+            source_rate: wanted.source_rate,
             connect_timeout: wanted.connect_timeout,
             forward: wanted.forward,
             scheduler: wanted.scheduler,
@@ -837,6 +878,7 @@ impl Reconciler {
                 record,
             });
         }
+        ops.extend(gone);
         let address = wanted.id.listen.ip;
         let mut flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
         if wanted.held {
@@ -1012,6 +1054,7 @@ impl Reconciler {
             number: held.number,
             record: bytemuck::Zeroable::zeroed(),
         });
+        ops.extend(changed_access(held.number, &held.access, &BTreeMap::new()).1);
         for region in tables_of(&held.record) {
             self.space.release(region, now);
         }
@@ -1082,6 +1125,40 @@ fn tables_of(record: &ServiceRecord) -> impl Iterator<Item = Region> + use<> {
     [record.table, record.previous_table, own_members(record)]
         .into_iter()
         .map(region_of)
+}
+
+/// What makes the lists of a service those of `after`: what is done first, and what is done when
+/// the service's record says whether there are any.
+///
+/// What comes is added from the longest prefix to the shortest, and then what goes is taken away
+/// from the shortest to the longest. So a client is decided about at every moment as before or as
+/// after: the longest prefix that holds it is always that of one of the two.
+fn changed_access(
+    number: u32,
+    before: &BTreeMap<Prefix, bool>,
+    after: &BTreeMap<Prefix, bool>,
+) -> (Vec<Op>, Vec<Op>) {
+    let op = |(prefix, allow): (&Prefix, Option<bool>)| Op::Access {
+        number,
+        prefix: *prefix,
+        allow,
+    };
+    let mut come: Vec<_> = after
+        .iter()
+        .filter(|(prefix, allow)| before.get(prefix) != Some(allow))
+        .map(|(prefix, allow)| (prefix, Some(*allow)))
+        .collect();
+    come.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.bits));
+    let mut gone: Vec<_> = before
+        .keys()
+        .filter(|prefix| !after.contains_key(prefix))
+        .map(|prefix| (prefix, None))
+        .collect();
+    gone.sort_by_key(|(prefix, _)| prefix.bits);
+    (
+        come.into_iter().map(op).collect(),
+        gone.into_iter().map(op).collect(),
+    )
 }
 
 fn lanes(change: Option<(u32, u64)>) -> Option<Op> {

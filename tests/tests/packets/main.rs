@@ -1,5 +1,6 @@
 //! The real data plane on single packets: a file per behaviour.
 
+mod admission;
 mod answers;
 mod checksum;
 mod concurrency;

@@ -21,6 +21,8 @@ struct Fake {
     slots: BTreeMap<u32, Slot>,
     /// Weight and most connections of each backend.
     shares: BTreeMap<u32, (u32, u32)>,
+    /// What decides about clients, by service.
+    access: HashMap<u32, BTreeMap<Prefix, bool>>,
     /// By VIP, port and protocol; port 0 is every port.
     keys: BTreeMap<(IpAddr, u16, Protocol), u32>,
     vips: BTreeMap<IpAddr, u32>,
@@ -43,6 +45,20 @@ impl Fake {
             }
             Op::Backend { number, record } => {
                 self.backends.insert(*number, *record);
+            }
+            Op::Access {
+                number,
+                prefix,
+                allow,
+            } => {
+                let rules = self.access.entry(*number).or_default();
+                match allow {
+                    Some(allow) => rules.insert(*prefix, *allow),
+                    None => rules.remove(prefix),
+                };
+                if rules.is_empty() {
+                    self.access.remove(number);
+                }
             }
             Op::Slots { first, slots } => self.slots.extend((*first..).zip(slots.iter().copied())),
             Op::Reslot { first, changes } => {
@@ -139,6 +155,7 @@ impl Fake {
             services,
             backends: self.backends.iter().map(|(n, r)| (*n, *r)).collect(),
             tables,
+            access: self.access.clone(),
             vips: self.vips.iter().map(|(a, f)| (*a, *f)).collect(),
         }
     }
@@ -179,6 +196,10 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
         on_no_backend: on_no_backend::RESET,
         on_backend_down: on_backend_down::KEEP,
         connect_timeout: 0,
+        affinity: 0,
+        affinity_mask: [0; 4],
+        source_rate: 0,
+        access: BTreeMap::new(),
         stateless: false,
         idle_timeout: WINDOW,
         answer_arp: true,
@@ -455,18 +476,30 @@ fn listeners() -> impl Strategy<Value = Vec<ServiceKey>> {
     })
 }
 
+/// Prefixes that hold one another, down to that of one client.
+fn nested(n: u8) -> Prefix {
+    Prefix {
+        address: IpAddr::from([0, 0, 0, 0]),
+        bits: 6 * n,
+    }
+}
+
 fn wishes() -> impl Strategy<Value = Vec<Service>> {
     let backends = prop::collection::btree_map(1_u8..8, 0_u32..4, 0..6);
     let scheduler = prop_oneof![
         Just(schedulers::ROUND_ROBIN),
         Just(schedulers::LEAST_CONNECTIONS)
     ];
-    let pools = prop::collection::vec((backends, scheduler, 0_u32..2), 7);
+    let rules = prop::collection::btree_map(0_u8..6, any::<bool>(), 0..4);
+    let pools = prop::collection::vec((backends, scheduler, 0_u32..2, rules), 7);
     (listeners(), pools).prop_map(|(listeners, pools)| {
         let services = listeners.into_iter().zip(pools);
-        let service = |(id, (pool, scheduler, limit)): (_, (BTreeMap<u8, u32>, u8, u32))| {
+        type Wish = (BTreeMap<u8, u32>, u8, u32, BTreeMap<u8, bool>);
+        let service = |(id, (pool, scheduler, limit, rules)): (_, Wish)| {
             let mut service = service_on(id, &pool.into_iter().collect::<Vec<_>>());
             service.scheduler = scheduler;
+            let rules = rules.into_iter();
+            service.access = rules.map(|(n, allow)| (nested(n), allow)).collect();
             if let Some(backend) = service.backends.first_mut() {
                 backend.max_connections = limit;
             }
@@ -521,6 +554,10 @@ proptest! {
                     .collect();
                 prop_assert_eq!(len_of_members as usize, members.len());
                 prop_assert_eq!(members, with_weight);
+                let rules = fake.access.get(&number).cloned().unwrap_or_default();
+                prop_assert_eq!(&rules, &service.access);
+                let listed = fake.services[&number].flags & SERVICE_LISTED != 0;
+                prop_assert_eq!(listed, !rules.is_empty());
                 let total: u32 = service.backends.iter().map(|b| b.weight).sum();
                 for backend in &service.backends {
                     let share = shares.get(&backend.address).copied().unwrap_or(0);
@@ -552,4 +589,50 @@ proptest! {
             prop_assert_eq!(again, vec![]);
         }
     }
+}
+
+/// Whether a client may begin a flow, by the longest prefix that holds it.
+fn decision(rules: &BTreeMap<Prefix, bool>, client: u32) -> bool {
+    let holds = |prefix: &&Prefix| {
+        let IpAddr::V4(address) = prefix.address else {
+            return false;
+        };
+        let differ = address.to_bits() ^ client;
+        differ.checked_shr(32 - u32::from(prefix.bits)).unwrap_or(0) == 0
+    };
+    let longest = rules.keys().filter(holds).max_by_key(|prefix| prefix.bits);
+    longest.is_none_or(|prefix| rules[prefix])
+}
+
+proptest! {
+    /// While lists change, every client is decided about as before or as after.
+    #[test]
+    fn lists_change_without_a_gap(
+        before in rules(), after in rules(), client in any::<u32>(),
+    ) {
+        let client = client & 0xf000_000f;
+        let allowed = [decision(&before, client), decision(&after, client)];
+        let (come, gone) = changed_access(1, &before, &after);
+        let mut rules = before;
+        for op in come.into_iter().chain(gone) {
+            let Op::Access { prefix, allow, .. } = op else {
+                panic!("{op:?}");
+            };
+            match allow {
+                Some(allow) => rules.insert(prefix, allow),
+                None => rules.remove(&prefix),
+            };
+            prop_assert!(allowed.contains(&decision(&rules, client)));
+        }
+        prop_assert_eq!(rules, after);
+    }
+}
+
+fn rules() -> impl Strategy<Value = BTreeMap<Prefix, bool>> {
+    let prefix = (any::<u32>(), prop_oneof![0_u8..5, 28_u8..33]).prop_map(|(address, bits)| {
+        let mask = u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
+        let address = std::net::Ipv4Addr::from(address & 0xf000_000f & mask).into();
+        Prefix { address, bits }
+    });
+    prop::collection::btree_map(prefix, any::<bool>(), 0..40)
 }

@@ -57,7 +57,7 @@ pub const LIMITS: Limits = Limits {
     listeners: 65536,
     backends: 16384,
     slots: 4 << 20,
-    fragments: 8192,
+    ..Limits::DEFAULT
 };
 
 impl Balancer {
@@ -213,6 +213,10 @@ fn service(plan: &Plan, vip: u32, first_host: u32) -> Service {
         on_no_backend: plan.on_no_backend,
         on_backend_down: on_backend_down::KEEP,
         connect_timeout: 0,
+        affinity: 0,
+        affinity_mask: [0; 4],
+        source_rate: 0,
+        access: std::collections::BTreeMap::new(),
         stateless: is_stateless(plan.forward, plan.scheduler),
         idle_timeout: Duration::from_secs(900),
         answer_arp: true,
