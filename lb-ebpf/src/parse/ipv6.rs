@@ -95,12 +95,13 @@ fn locate_behind(frame: &Frame, mut located: Located) -> Result<Located, Fault> 
     let fragment = frame
         .check(located.header, FRAGMENT_LEN)
         .ok_or(Fault::Malformed)?;
+    // The frame may go on behind the packet.
+    if located.transport_len < FRAGMENT_LEN as u32 {
+        return Err(Fault::Malformed);
+    }
     let place: u16 = fragment.read(2);
     if place & OFFSET != 0 {
         return Err(Fault::Fragment);
-    }
-    if located.transport_len < FRAGMENT_LEN as u32 {
-        return Err(Fault::Malformed);
     }
     // One that says it is the only one is none (RFC 6946).
     located.first_fragment = place & MORE != 0;
