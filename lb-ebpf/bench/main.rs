@@ -15,7 +15,7 @@ mod bounds;
 
 use aya_ebpf::{
     bindings::{xdp_action, xdp_md},
-    btf_maps::Array,
+    btf_maps::{Array, PerCpuArray},
     helpers::generated::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     macros::{btf_map, map, xdp},
     maps::ProgramArray,
@@ -30,7 +30,11 @@ static CASE: Array<Case, 1, MMAPABLE> = Array::new();
 static TUPLES: Array<Tuple, 1, MMAPABLE> = Array::new();
 /// What is measured: the balancer, then the floors.
 #[map(name = "programs")]
-static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(3, 0);
+static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(4, 0);
+
+/// Packets that have reached [`sink`].
+#[btf_map(name = "sunk")]
+static SUNK: PerCpuArray<u64, 1> = PerCpuArray::new();
 
 /// `BPF_F_MMAPABLE`.
 const MMAPABLE: usize = 1 << 10;
@@ -38,6 +42,7 @@ const MMAPABLE: usize = 1 << 10;
 const BALANCER: u32 = 0;
 const FLOOR_TX: u32 = 1;
 const FLOOR_SWAP: u32 = 2;
+const PASS: u32 = 3;
 
 /// Where things are in a packet of one family.
 trait Family {
@@ -103,6 +108,32 @@ pub fn swap4(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn swap6(ctx: XdpContext) -> u32 {
     run::<V6, FLOOR_SWAP>(&ctx)
+}
+
+#[xdp(frags)]
+pub fn pass4(ctx: XdpContext) -> u32 {
+    run::<V4, PASS>(&ctx)
+}
+
+#[xdp(frags)]
+pub fn pass6(ctx: XdpContext) -> u32 {
+    run::<V6, PASS>(&ctx)
+}
+
+/// Leaves the packet to the kernel.
+#[xdp(frags)]
+pub fn pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+/// Where packets end that have gone through everything: counts them.
+#[xdp(frags)]
+pub fn sink(_ctx: XdpContext) -> u32 {
+    if let Some(count) = SUNK.get_ptr_mut(0) {
+        // SAFETY: per-CPU memory, and XDP is not re-entered on a CPU.
+        unsafe { *count += 1 };
+    }
+    xdp_action::XDP_DROP
 }
 
 /// The least that a program can do.

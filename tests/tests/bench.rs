@@ -123,7 +123,7 @@ fn packets_are_measured_and_the_program_does_what_the_case_says() {
 
 /// The one result of a part that was asked for one case.
 fn only(part: &str, case: &str) -> Row {
-    let folder = Folder::new(part);
+    let folder = Folder::new(&case.replace(' ', "-"));
     bench(&folder, &[part, "--quick", "--only", case]);
     let mut rows = folder.results(&format!("{part}.json"));
     assert_sane(&rows);
@@ -141,6 +141,16 @@ fn requests_through_the_balancer_are_counted() {
     ] {
         assert!(row[name].as_f64() > Some(0.0), "{name}: {row:?}");
     }
+}
+
+#[test]
+fn packets_go_through_the_whole_path() {
+    let row = only("end-to-end", "live sluice dsr");
+    assert!(
+        row["packets_per_second_and_core"].as_f64() > Some(0.0),
+        "{row:?}"
+    );
+    assert!(row["lost_percent"].as_f64() < Some(50.0), "{row:?}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The balancer that is measured: in the kernel, with services, and attached to nothing.
 
-use crate::frame::{Family, Network, PORT};
+use crate::frame::{BACKEND_MAC, BALANCER_MAC, Family, Network, PORT};
 use anyhow::Result;
 use bytemuck::Zeroable as _;
 use lb_common::{
@@ -21,8 +21,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The interface packets seem to come from: the kernel attributes them to the loopback interface.
-const INGRESS: u32 = 1;
+/// The interface packets seem to come from unless another is named: the loopback interface.
+const LOOPBACK: u32 = 1;
 
 /// A service to be put into the maps. Its VIP has the number of its place.
 #[derive(Clone, Copy)]
@@ -45,6 +45,8 @@ pub struct Plan {
 pub struct Balancer {
     /// Program and maps.
     pub dataplane: Dataplane,
+    /// The interface that packets come from and leave by.
+    ifindex: u32,
     reconciler: Reconciler,
     /// The services as they are in the maps.
     pub services: Vec<Service>,
@@ -63,6 +65,11 @@ pub const LIMITS: Limits = Limits {
 impl Balancer {
     /// Loads it with room for so many flows, and puts services into its maps.
     pub fn load(flows: u32, plans: &[Plan]) -> Result<Self> {
+        Self::load_on(LOOPBACK, flows, plans)
+    }
+
+    /// The same for packets that come from interface `ifindex`, and leave by it.
+    pub fn load_on(ifindex: u32, flows: u32, plans: &[Plan]) -> Result<Self> {
         let limits = Limits { flows, ..LIMITS };
         let settings = Settings {
             nat_port_first: 1024,
@@ -73,14 +80,15 @@ impl Balancer {
         };
         let dataplane = Dataplane::load_unpinned(&limits, settings)?;
         let interface = Interface {
-            mac: MAC,
+            mac: BALANCER_MAC,
             mtu: 1500,
         };
-        dataplane.maps.interfaces.insert(&INGRESS, &interface)?;
+        dataplane.maps.interfaces.insert(&ifindex, &interface)?;
         let services = Self::services(plans);
         let reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
         let mut balancer = Self {
             dataplane,
+            ifindex,
             reconciler,
             services: services.clone(),
         };
@@ -101,6 +109,8 @@ impl Balancer {
 
     /// Puts these services into the maps, as the daemon does: what is to be done is planned, and carried out.
     pub fn apply(&mut self, services: &[Service]) -> Result<()> {
+        let ifindex = self.ifindex;
+        let hop = |address| Some(hop(address, ifindex));
         let ops = self.reconciler.plan(services, &[], hop, Instant::now())?;
         apply::apply(&self.dataplane.maps, &ops)
     }
@@ -157,23 +167,20 @@ impl Balancer {
 }
 
 /// The way to every address.
-fn hop(address: IpAddr) -> Option<Hop> {
+fn hop(address: IpAddr, ifindex: u32) -> Hop {
     let family = match address {
         IpAddr::V4(_) => Family::V4,
         IpAddr::V6(_) => Family::V6,
     };
-    Some(Hop {
-        destination: [2, 0, 0, 0, 0, 3],
-        source: MAC,
-        ifindex: INGRESS,
+    Hop {
+        destination: BACKEND_MAC,
+        source: BALANCER_MAC,
+        ifindex,
         tags: 0,
         address: family.address(Network::Hosts, 0),
         mtu: 1500,
-    })
+    }
 }
-
-/// The balancer's Ethernet address.
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 /// Source, destination and their ports, in network order.
 pub type Ends = ([u32; 4], [u32; 4], u16, u16);

@@ -1,6 +1,6 @@
 //! HTTP through namespaces: no balancer, nftables, nginx, HAProxy and Sluice, one after the other on the same network.
 
-use crate::{Choice, cpu, need_sluice, progress, report::Report};
+use crate::{Choice, cpu, live, need_sluice, progress, report::Report};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use sluice_tests::topology::{Options, Topology, VIP4, sluice_bin, wait_until};
@@ -56,7 +56,8 @@ struct Load {
 /// The names of the cases that are wanted.
 pub fn names(choice: &Choice) -> Vec<String> {
     let names = CONTENDERS.iter().map(|contender| contender.name());
-    names.filter(|name| choice.wants(name)).collect()
+    let http = names.filter(|name| choice.wants(name));
+    http.chain(live::names(choice)).collect()
 }
 
 /// Measures the cases that are wanted.
@@ -67,9 +68,15 @@ pub fn measure(choice: &Choice) -> Result<Report> {
         .into_iter()
         .filter(|contender| choice.wants(&contender.name()))
         .collect();
-    if contenders.is_empty() {
-        return Ok(report);
+    if !contenders.is_empty() {
+        http(choice, &contenders, &mut report)?;
     }
+    live::measure(choice, &mut report)?;
+    Ok(report)
+}
+
+/// Requests, connections and latency.
+fn http(choice: &Choice, contenders: &[Contender], report: &mut Report) -> Result<()> {
     let (rounds, seconds) = if choice.quick { (1, 2) } else { (5, 3) };
     let net = Net::new()?;
     let mut all: Vec<(Vec<Load>, Vec<Load>)> = vec![Default::default(); contenders.len()];
@@ -124,10 +131,11 @@ pub fn measure(choice: &Choice) -> Result<Report> {
             }),
         );
     }
-    Ok(report)
+    Ok(())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The one in the middle.
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

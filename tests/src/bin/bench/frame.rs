@@ -36,7 +36,7 @@ impl Family {
     pub fn address(self, network: Network, n: u32) -> IpAddr {
         let (v4, v6) = match network {
             Network::Clients => (Ipv4Addr::new(10, 0, 0, 1), 0xc),
-            Network::Vips => (Ipv4Addr::new(203, 0, 0, 1), 0x5),
+            Network::Vips => (Ipv4Addr::new(198, 19, 0, 1), 0x5),
             Network::Hosts => (Ipv4Addr::new(198, 18, 0, 1), 0xb),
         };
         match self {
@@ -49,7 +49,7 @@ impl Family {
     }
 }
 
-/// Where addresses are from. Nothing is ever sent to any of them.
+/// Where addresses are from. Nothing is ever sent to any of them outside a network namespace.
 #[derive(Clone, Copy)]
 pub enum Network {
     /// Clients.
@@ -76,6 +76,13 @@ pub enum Transport {
 
 /// The port that services listen on, and their backends.
 pub const PORT: u16 = 80;
+
+/// Ethernet address of the balancer.
+pub const BALANCER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+/// Ethernet address of every client.
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// Ethernet address of every backend.
+pub const BACKEND_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 
 /// Bytes behind the IP header: those of a TCP header, and enough that no frame is below Ethernet's least.
 const SEGMENT: usize = 30;
@@ -104,7 +111,7 @@ impl Frame {
         src: (IpAddr, u16),
         dst: (IpAddr, u16),
     ) -> Self {
-        let mut bytes = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
+        let mut bytes = [BALANCER_MAC, CLIENT_MAC].concat();
         let protocol = match transport {
             Transport::Tcp(_) => 6,
             Transport::Udp => 17,

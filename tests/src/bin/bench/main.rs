@@ -6,9 +6,11 @@ mod cpu;
 mod end_to_end;
 mod failover;
 mod frame;
+mod live;
 mod machine;
 mod packets;
 mod report;
+mod wrapper;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, ValueEnum};

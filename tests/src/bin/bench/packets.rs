@@ -3,14 +3,13 @@
 //! Cases that need the same flows in the table form a group: a balancer of its own, in which the table is empty at first, then holds
 //! flows, then is full. In each of these stages every case is measured once in a round, and the floors with them.
 
-mod wrapper;
-
 use crate::{
     Choice,
     balancer::{self, Balancer, Plan},
     frame::{ACK, Family, Frame, Network, PORT, SYN, Transport},
     progress,
     report::Report,
+    wrapper::{self, Run, Target, Wrapper},
 };
 use anyhow::{Context as _, Result};
 use lb_common::{
@@ -22,7 +21,6 @@ use lb_common::{
 use serde_json::json;
 use sluice::config::Protocol;
 use std::time::Duration;
-use wrapper::{Run, Target, Wrapper};
 
 /// Backends of a service.
 const BACKENDS: u32 = 100;

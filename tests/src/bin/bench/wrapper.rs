@@ -2,7 +2,11 @@
 
 use crate::frame::Family;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use aya::{Ebpf, EbpfLoader, maps::Map, programs::Xdp};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::Map,
+    programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, xdp::XdpMode},
+};
 use lb_common::bench::{Case, Tuple};
 use sluice::dataplane::{SharedArray, bpf};
 use std::{
@@ -21,6 +25,8 @@ pub enum Target {
     FloorTx,
     /// A program that swaps the Ethernet addresses and sends the packet back.
     FloorSwap,
+    /// A program that hands the packet to the kernel.
+    Pass,
 }
 
 impl Target {
@@ -33,6 +39,8 @@ impl Target {
             (Self::FloorTx, Family::V6) => "tx6",
             (Self::FloorSwap, Family::V4) => "swap4",
             (Self::FloorSwap, Family::V6) => "swap6",
+            (Self::Pass, Family::V4) => "pass4",
+            (Self::Pass, Family::V6) => "pass6",
         }
     }
 }
@@ -73,6 +81,7 @@ impl Wrapper {
         for (target, name) in [
             (Target::FloorTx, "floor_tx"),
             (Target::FloorSwap, "floor_swap"),
+            (Target::Pass, "pass"),
         ] {
             wrapper.set(target, wrapper.program(name)?)?;
         }
@@ -97,6 +106,64 @@ impl Wrapper {
             .ok_or_else(|| anyhow!("no program {name}"))?
             .try_into()?;
         Ok(program.fd()?.as_fd())
+    }
+
+    /// Sends packets of `case` through `target` as if they had come in on interface `ifindex` of this thread's network namespace, and lets
+    /// the kernel do with them what the program says.
+    pub fn send(
+        &self,
+        target: Target,
+        family: Family,
+        case: &Case,
+        frame: &[u8],
+        (ifindex, packets): (u32, u32),
+    ) -> Result<()> {
+        self.case.store(0, *case);
+        let name = target.wrapper(family);
+        let program = self.ebpf.program(name);
+        let program: &Xdp = program
+            .ok_or_else(|| anyhow!("no program {name}"))?
+            .try_into()?;
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        let context = [0, frame.len() as u32, 0, ifindex, 0, 0];
+        program
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                ctx_in: Some(bytemuck::bytes_of(&context)),
+                repeat: packets,
+                attrs: TestRunAttrs::new().xdp_live_frames(64),
+                ..TestRunOptions::new()
+            })
+            .context("BPF_PROG_TEST_RUN with live frames")?;
+        let after = self.case.read(0);
+        ensure!(
+            after.failures == 0,
+            "{} packets could not be prepared",
+            after.failures
+        );
+        Ok(())
+    }
+
+    /// Attaches the program that counts and drops to an interface of this thread's network namespace.
+    pub fn sink(&mut self, interface: &str) -> Result<()> {
+        let program = self.ebpf.program_mut("sink");
+        let program: &mut Xdp = program
+            .ok_or_else(|| anyhow!("no program sink"))?
+            .try_into()?;
+        let attached = program.attach(interface, XdpMode::Driver);
+        attached
+            .map(drop)
+            .with_context(|| format!("interface {interface}"))
+    }
+
+    /// Packets that the program has counted.
+    pub fn sunk(&self) -> Result<u64> {
+        let counts = self
+            .ebpf
+            .map("sunk")
+            .ok_or_else(|| anyhow!("no map sunk"))?;
+        let counts = aya::maps::PerCpuArray::<_, u64>::try_from(counts)?;
+        Ok(counts.get(&0, 0)?.iter().sum())
     }
 
     fn array<'a>(ebpf: &'a Ebpf, name: &str) -> Result<BorrowedFd<'a>> {
