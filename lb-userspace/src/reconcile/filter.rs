@@ -14,14 +14,6 @@ pub fn lane_of(address: IpAddr) -> u32 {
     }
 }
 
-/// What a lane's bits may say of an address.
-const BITS: [u8; 4] = [
-    filter::LANE_VIP,
-    filter::LANE_NAT_SOURCE,
-    filter::LANE_ANY_PORT,
-    filter::LANE_BACKEND,
-];
-
 /// How often each bit of each lane is wanted.
 #[derive(Debug, Default)]
 pub struct Filter {
@@ -55,7 +47,7 @@ impl Filter {
         let mut value = 0;
         for lane in element * 8..element * 8 + 8 {
             let (_, shift) = filter::place(lane);
-            for bit in BITS {
+            for bit in (0..u8::BITS).map(|n| 1 << n) {
                 if self.wanted.contains_key(&(lane, bit)) {
                     value |= u64::from(bit) << shift;
                 }
@@ -77,6 +69,18 @@ impl Filter {
 mod tests {
     use super::*;
     use lb_common::filter::{LANE_NAT_SOURCE, LANE_VIP};
+
+    #[test]
+    fn every_bit_of_a_lane_reaches_the_map() {
+        let mut filter = Filter::default();
+        let address = IpAddr::from([203, 0, 113, 1]);
+        let mut value = 0;
+        for bit in (0..u8::BITS).map(|n| 1 << n) {
+            value = filter.add(address, bit).expect("a change").1;
+        }
+        let (_, shift) = filter::place(lane_of(address));
+        assert_eq!(value >> shift & 0xff, 0xff);
+    }
 
     #[test]
     fn a_bit_stays_until_nobody_wants_it() {
