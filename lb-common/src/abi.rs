@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 ///
 /// Raise it with every change of a map's key, value or meaning. A daemon adopts pinned maps only
 /// when the version they carry equals its own.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Marks [`Settings::magic`]: the bytes `SLUICE` and a zero word, so that a foreign map is told
 /// apart from an old one.
@@ -71,8 +71,10 @@ pub struct Settings {
     /// Flows a second that each CPU may record; beyond that new ones are placed without a record
     /// where the forward mode can do that. 0: no limit.
     pub new_flows: u32,
+    /// Buckets of maps `services4` and `services6`.
+    pub buckets: u32,
     /// Zero; room for what comes next without moving what is here.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 /// balanced carries it.
 pub const ANY_PORT: u16 = 0;
 
-/// Key of maps `services4` and `services6`; the value is the service's number, a `u32`.
+/// What a service is found by in maps `services4` and `services6`.
 ///
 /// A service on a range of ports has a key for each of them.
 #[repr(C)]
@@ -40,6 +40,95 @@ impl<A: Address> ServiceKey<A> {
         }
     }
 }
+
+/// A port that a service listens on.
+///
+/// The number is written last and cleared first, so whoever finds the key and a number has both of
+/// the same listener.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct Listener<A> {
+    /// What packets must match.
+    pub key: ServiceKey<A>,
+    /// The service's number in map `services`; 0: nobody listens, whatever the key says.
+    pub service: u32,
+    /// Zero; keeps the next one aligned.
+    pub reserved: u32,
+}
+
+/// Listeners of one IPv4 bucket, and of one IPv6 bucket.
+pub const LISTENERS4: usize = 4;
+/// As [`LISTENERS4`].
+pub const LISTENERS6: usize = 2;
+
+/// An element of map `services4`: one cache line.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct Bucket4 {
+    /// The listeners, with gaps.
+    pub listeners: [Listener<u32>; LISTENERS4],
+}
+
+/// An element of map `services6`: one cache line.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct Bucket6 {
+    /// The listeners, with gaps.
+    pub listeners: [Listener<[u32; 4]>; LISTENERS6],
+    /// Zero; fills the line.
+    pub reserved: [u32; 2],
+}
+
+// SAFETY: repr(C), and the assertions below show that there is no padding.
+unsafe impl Pod for Bucket4 {}
+// SAFETY: as above.
+unsafe impl Pod for Bucket6 {}
+const _: () = assert!(size_of::<Listener<u32>>() == 16);
+const _: () = assert!(size_of::<Listener<[u32; 4]>>() == 28);
+const _: () = assert!(size_of::<Bucket4>() == 64);
+const _: () = assert!(size_of::<Bucket6>() == 64);
+
+/// The two buckets that a key may be in.
+///
+/// Two choices keep buckets nearly evenly filled (Azar et al., "Balanced Allocations", 1994), and
+/// a listener that finds both full moves another one over (Pagh and Rodler, "Cuckoo Hashing",
+/// 2001). Multiplications: they are on the way of every packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places(u64);
+
+impl Places {
+    /// Of a key.
+    #[inline(always)]
+    #[must_use]
+    pub fn of<A: Address>(key: &ServiceKey<A>) -> Self {
+        let vip = key.vip.widen();
+        let port = (key.port as u64) << 32 | (key.protocol as u64) << 48;
+        let mut word = vip[0] as u64 | port;
+        if A::WORDS > 1 {
+            let low = vip[2] as u64 | (vip[3] as u64) << 32;
+            word ^= (vip[1] as u64).rotate_left(29) ^ low.wrapping_mul(FACTOR).rotate_left(23);
+        }
+        Self(word.wrapping_mul(FACTOR))
+    }
+
+    /// Where it is looked for first, of `buckets`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn first(self, buckets: u32) -> u32 {
+        crate::hash::slot_of((self.0 >> 32) as u32, buckets)
+    }
+
+    /// Where it is looked for then.
+    #[inline(always)]
+    #[must_use]
+    pub const fn second(self, buckets: u32) -> u32 {
+        let again = (self.0 ^ self.0 >> 31).wrapping_mul(FACTOR);
+        crate::hash::slot_of((again >> 32) as u32, buckets)
+    }
+}
+
+/// 2^64 divided by the golden ratio (Knuth, TAOCP 6.4).
+const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// How packets reach the backend; names in [`crate::names::FORWARD`].
 pub mod forward {

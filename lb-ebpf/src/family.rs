@@ -34,8 +34,6 @@ use network_types::{
 
 /// The map of flows of one family.
 pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
-/// The map of services of one family.
-pub type Services<A> = HashMap<ServiceKey<A>, u32, 65536>;
 /// The map of VIPs of one family.
 pub type Vips<A> = HashMap<A, Vip, 4096>;
 
@@ -81,8 +79,8 @@ pub trait Family: Sized {
 
     /// Its flow table.
     fn flows() -> &'static Flows<Self::Addr>;
-    /// Its services.
-    fn services() -> &'static Services<Self::Addr>;
+    /// The number of the service that listens on `key`, if bucket `place` has it; else 0.
+    fn listener(place: u32, key: &ServiceKey<Self::Addr>) -> u32;
     /// Its VIPs.
     fn vips() -> &'static Vips<Self::Addr>;
     /// Its clients' backends.
@@ -233,8 +231,19 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn services() -> &'static Services<u32> {
-        &maps::SERVICES4
+    fn listener(place: u32, key: &ServiceKey<u32>) -> u32 {
+        let word = |key: &ServiceKey<u32>| {
+            u64::from(key.vip) | u64::from(key.port) << 32 | u64::from(key.protocol) << 48
+        };
+        let Some(bucket) = maps::SERVICES4.get(place) else {
+            return 0;
+        };
+        for listener in &bucket.listeners {
+            if word(&listener.key) == word(key) {
+                return listener.service;
+            }
+        }
+        0
     }
 
     #[inline(always)]
@@ -526,8 +535,23 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn services() -> &'static Services<[u32; 4]> {
-        &maps::SERVICES6
+    fn listener(place: u32, key: &ServiceKey<[u32; 4]>) -> u32 {
+        let Some(bucket) = maps::SERVICES6.get(place) else {
+            return 0;
+        };
+        for listener in &bucket.listeners {
+            let (a, b) = (&listener.key, key);
+            if a.vip[3] == b.vip[3]
+                && a.vip[2] == b.vip[2]
+                && a.vip[1] == b.vip[1]
+                && a.vip[0] == b.vip[0]
+                && a.port == b.port
+                && a.protocol == b.protocol
+            {
+                return listener.service;
+            }
+        }
+        0
     }
 
     #[inline(always)]

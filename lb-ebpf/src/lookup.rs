@@ -4,7 +4,7 @@ use crate::{family::Family, maps};
 use lb_common::{
     addr::Address,
     filter::{self, LANE_ANY_PORT},
-    service::{ANY_PORT, Service, ServiceKey, Vip},
+    service::{ANY_PORT, Places, Service, ServiceKey, Vip},
 };
 
 /// An address out of a map value.
@@ -73,11 +73,6 @@ pub fn vip<F: Family>(address: &F::Addr) -> Option<Vip> {
     unsafe { F::vips().get(address) }.copied()
 }
 
-/// Keeps a key at a multiple of 8 bytes on the stack: the compiler joins its words to double
-/// words, and the verifier wants those aligned there.
-#[repr(align(8))]
-struct Aligned<T>(T);
-
 /// The service a packet is for: its number and record. A service that names the port goes before
 /// one that takes every port; the lane says whether there may be one.
 #[inline(always)]
@@ -91,14 +86,25 @@ pub fn service<F: Family>(
     if port == ANY_PORT {
         return None;
     }
-    let mut key = Aligned(ServiceKey::new(vip, port, protocol));
-    // SAFETY: a copy of one word, as in `vip`.
-    let mut number = unsafe { F::services().get(&key.0) }.copied();
-    if number.is_none() && lane & LANE_ANY_PORT != 0 {
-        key.0.port = ANY_PORT;
-        // SAFETY: as above.
-        number = unsafe { F::services().get(&key.0) }.copied();
+    let mut key = ServiceKey::new(vip, port, protocol);
+    let mut number = listener::<F>(&key);
+    if number == 0 && lane & LANE_ANY_PORT != 0 {
+        key.port = ANY_PORT;
+        number = listener::<F>(&key);
     }
-    let number = number?;
+    if number == 0 {
+        return None;
+    }
     Some((number, maps::SERVICES.get(number)?))
+}
+
+/// The number of the service that listens on `key`; 0 if none does.
+#[inline(always)]
+fn listener<F: Family>(key: &ServiceKey<F::Addr>) -> u32 {
+    let buckets = maps::SETTINGS.get(0).map_or(0, |s| s.buckets);
+    let places = Places::of(key);
+    match F::listener(places.first(buckets), key) {
+        0 => F::listener(places.second(buckets), key),
+        number => number,
+    }
 }

@@ -15,7 +15,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    service::{Bucket4, Bucket6, Cursor, Interface, Service, Vip},
     stats::{Counters, DROP_SLOTS},
 };
 
@@ -38,9 +38,9 @@ pub static VIPS4: HashMap<u32, Vip, 4096> = HashMap::new();
 #[btf_map(name = "vips6")]
 pub static VIPS6: HashMap<Addr6, Vip, 4096> = HashMap::new();
 #[btf_map(name = "services4")]
-pub static SERVICES4: HashMap<ServiceKey<u32>, u32, 65536> = HashMap::new();
+pub static SERVICES4: Array<Bucket4, 65536, MMAPABLE> = Array::new();
 #[btf_map(name = "services6")]
-pub static SERVICES6: HashMap<ServiceKey<Addr6>, u32, 65536> = HashMap::new();
+pub static SERVICES6: Array<Bucket6, 65536, MMAPABLE> = Array::new();
 #[btf_map(name = "services")]
 pub static SERVICES: Array<Service, 4097, MMAPABLE> = Array::new();
 #[btf_map(name = "backends")]

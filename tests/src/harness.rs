@@ -517,6 +517,8 @@ const TABLE_SLOTS: usize = 251;
 const SERVICES: u32 = 65;
 /// Elements of the maps indexed by backend number.
 const BACKENDS: u32 = 257;
+/// Buckets of the maps that listeners are found in.
+const LISTENERS: u32 = 512;
 
 impl Balancer {
     /// Loads the object and puts `services` into its maps.
@@ -545,6 +547,7 @@ impl Balancer {
             nat_port_first: ports.0,
             nat_port_last: ports.1,
             nat_port_seed: 0x1234_5678,
+            buckets: LISTENERS,
             gue_port: GUE_PORT.to_be(),
             ..bytemuck::Zeroable::zeroed()
         };
@@ -650,11 +653,33 @@ impl Balancer {
             match service.vip {
                 IpAddr::V4(ip) => {
                     let key = service::ServiceKey::new(addr::from_ipv4(ip), port, protocol);
-                    self.hash_insert("services4", key, number);
+                    let places = service::Places::of(&key);
+                    let mut buckets =
+                        [places.first(LISTENERS), places.second(LISTENERS)].into_iter();
+                    buckets
+                        .find_map(|place| {
+                            let mut bucket: service::Bucket4 = self.get("services4", place);
+                            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
+                            (listener.key, listener.service) = (key, number);
+                            self.set("services4", place, bucket);
+                            Some(())
+                        })
+                        .expect("few listeners");
                 }
                 IpAddr::V6(ip) => {
                     let key = service::ServiceKey::new(addr::from_ipv6(ip), port, protocol);
-                    self.hash_insert("services6", key, number);
+                    let places = service::Places::of(&key);
+                    let mut buckets =
+                        [places.first(LISTENERS), places.second(LISTENERS)].into_iter();
+                    buckets
+                        .find_map(|place| {
+                            let mut bucket: service::Bucket6 = self.get("services6", place);
+                            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
+                            (listener.key, listener.service) = (key, number);
+                            self.set("services6", place, bucket);
+                            Some(())
+                        })
+                        .expect("few listeners");
                 }
             }
         }
@@ -1253,8 +1278,8 @@ impl Balancer {
         self.clear_trie::<[u32; 4]>("access6");
         self.clear_hash::<u32, service::Vip>("vips4");
         self.clear_hash::<[u32; 4], service::Vip>("vips6");
-        self.clear_hash::<service::ServiceKey<u32>, u32>("services4");
-        self.clear_hash::<service::ServiceKey<[u32; 4]>, u32>("services6");
+        self.zero::<service::Bucket4>("services4", LISTENERS);
+        self.zero::<service::Bucket6>("services6", LISTENERS);
         self.zero::<backend::Load>("backend_load", BACKENDS);
         self.zero::<backend::Backend>("backends", BACKENDS);
         self.zero::<service::Cursor>("cursors", SERVICES);
@@ -1341,8 +1366,8 @@ fn load() -> Ebpf {
     for (name, entries) in [
         ("vips4", 64),
         ("vips6", 64),
-        ("services4", 512),
-        ("services6", 512),
+        ("services4", LISTENERS),
+        ("services6", LISTENERS),
         ("services", SERVICES),
         ("cursors", SERVICES),
         ("service_stats", SERVICES),

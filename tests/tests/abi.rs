@@ -10,7 +10,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    service::{Bucket4, Bucket6, Cursor, Interface, Listener, Service, Vip},
     stats::Counters,
 };
 use sluice_tests::btf::{Btf, Struct, Type};
@@ -62,7 +62,8 @@ fn layouts() -> Vec<Layout> {
                 nat_sources4: u8,
                 nat_sources6: u8,
                 new_flows: u32,
-                reserved: [u32; 2],
+                buckets: u32,
+                reserved: u32,
             }
         ),
         layout!(
@@ -82,10 +83,8 @@ fn layouts() -> Vec<Layout> {
             }
         ),
         layout!("Vip", Vip { flags: u32 }),
-        layout!("ServiceKey_3C_u32_3E_", ServiceKey<u32> { vip: u32, port: u16, protocol: u16 }),
-        layout!("ServiceKey_3C__5B_u32_3B__20_4_5D__3E_", ServiceKey<Addr6> {
-            vip: Addr6, port: u16, protocol: u16,
-        }),
+        layout!("Bucket4", Bucket4 { listeners: [Listener<u32>; 4] }),
+        layout!("Bucket6", Bucket6 { listeners: [Listener<Addr6>; 2], reserved: [u32; 2] }),
         layout!(
             "Service",
             Service {
@@ -266,8 +265,8 @@ const MAPS: [(&str, &str, &str); 35] = [
     ("address_filter", "4", "8"),
     ("vips4", "4", "Vip"),
     ("vips6", "16", "Vip"),
-    ("services4", "ServiceKey_3C_u32_3E_", "4"),
-    ("services6", "ServiceKey_3C__5B_u32_3B__20_4_5D__3E_", "4"),
+    ("services4", "4", "Bucket4"),
+    ("services6", "4", "Bucket6"),
     ("services", "4", "Service"),
     ("backends", "4", "Backend"),
     ("slots", "4", "Slot"),

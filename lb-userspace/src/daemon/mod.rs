@@ -484,6 +484,7 @@ impl Daemon {
             magic: before.magic,
             abi_version: before.abi_version,
             nat_port_seed: before.nat_port_seed,
+            buckets: before.buckets,
             ..settings
         };
         // None in use while they are written.

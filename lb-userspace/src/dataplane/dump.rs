@@ -4,6 +4,7 @@
 
 use super::{
     attach::interface_name,
+    listeners::{Bucketed, Listeners},
     map::{HashMap, PerCpuArray, SharedArray, is_zero},
     maps::{Maps, NAMES},
     pins,
@@ -74,8 +75,8 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "address_filter" => address_filter(&maps.address_filter, emit),
         "vips4" => hash(&maps.vips4, emit, vip),
         "vips6" => hash(&maps.vips6, emit, vip),
-        "services4" => hash(&maps.services4, emit, service_key),
-        "services6" => hash(&maps.services6, emit, service_key),
+        "services4" => listeners(&maps.services4, emit),
+        "services6" => listeners(&maps.services6, emit),
         "services" => array(&maps.services, emit, service),
         "backends" => array(&maps.backends, emit, backend),
         "slots" => array(
@@ -275,7 +276,17 @@ fn vip<A: Address>(address: &A, vip: &Vip) -> Value {
     })
 }
 
-fn service_key<A: Address>(key: &ServiceKey<A>, service: &u32) -> Value {
+fn listeners<A: Bucketed>(map: &Listeners<A>, emit: Emit<'_>) -> io::Result<()> {
+    let mut result = Ok(());
+    map.each(|key, service| {
+        if result.is_ok() {
+            result = emit(service_key(key, service));
+        }
+    });
+    result
+}
+
+fn service_key<A: Address>(key: &ServiceKey<A>, service: u32) -> Value {
     json!({
         "address": ip(key.vip),
         "port": port(key.port),

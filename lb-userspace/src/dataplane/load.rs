@@ -88,7 +88,7 @@ impl Dataplane {
             tcx,
             local,
         } = load(limits, None)?;
-        maps.settings.store(0, marked(settings));
+        maps.settings.store(0, marked(settings, limits));
         Ok(Self {
             maps,
             program,
@@ -107,7 +107,7 @@ impl Dataplane {
             tcx,
             local,
         } = load(limits, None)?;
-        maps.settings.store(0, marked(settings));
+        maps.settings.store(0, marked(settings, limits));
         let pin = |name: &str, fd: BorrowedFd<'_>| {
             let path = pins.path().join(name);
             bpf::pin(fd, &path).with_context(|| path.display().to_string())
@@ -163,7 +163,7 @@ impl Dataplane {
             0,
             Settings {
                 nat_port_seed: seed,
-                ..marked(settings)
+                ..marked(settings, limits)
             },
         );
         let mut links = BTreeMap::new();
@@ -388,10 +388,11 @@ fn link_info(interface: &str, link: &OwnedFd) -> Result<bpf::XdpLinkInfo> {
         .ok_or_else(|| anyhow!("interface {interface}: not an XDP link"))
 }
 
-fn marked(settings: Settings) -> Settings {
+fn marked(settings: Settings, limits: &Limits) -> Settings {
     Settings {
         magic: MAGIC,
         abi_version: ABI_VERSION,
+        buckets: limits.listeners,
         ..settings
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{
     bpf,
+    listeners::{Bucketed, Listeners},
     map::{HashMap, PerCpuArray, Redirect, SharedArray, is_zero},
 };
 use crate::api::types::MapStatus;
@@ -15,7 +16,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Cursor, Interface, Service, ServiceKey, Vip},
+    service::{Cursor, Interface, Service, Vip},
     stats::Counters,
 };
 use std::{
@@ -84,9 +85,9 @@ maps! {
     /// IPv6 VIPs.
     vips6: HashMap<V6, Vip>,
     /// Number of an IPv4 service.
-    services4: HashMap<ServiceKey<u32>, u32>,
+    services4: Listeners<u32>,
     /// Number of an IPv6 service.
-    services6: HashMap<ServiceKey<V6>, u32>,
+    services6: Listeners<V6>,
     /// Services by number.
     services: SharedArray<Service>,
     /// Backends by number.
@@ -161,6 +162,18 @@ impl<K: Pod, V: Pod> Fill for HashMap<K, V> {
 
     fn max_entries(&self) -> u32 {
         self.max_entries()
+    }
+}
+
+impl<A: Bucketed> Fill for Listeners<A> {
+    fn entries(&self) -> io::Result<u64> {
+        let mut count = 0;
+        self.each(|_, _| count += 1);
+        Ok(count)
+    }
+
+    fn max_entries(&self) -> u32 {
+        self.buckets()
     }
 }
 

@@ -8,6 +8,7 @@ mod attach;
 pub mod bpf;
 mod decap;
 mod dump;
+mod listeners;
 mod load;
 mod local;
 mod map;

@@ -250,10 +250,10 @@ fn maps_of_another_shape_are_refused() {
     };
     let restore = |name: &str| fs::rename(path("link_kept"), path(name)).unwrap();
 
-    swap("vips4", &path("services6"));
+    swap("vips4", &path("vips6"));
     let refused = pins.refused(&LIMITS);
     assert!(
-        refused.contains("vips4: key size is 20, not 4"),
+        refused.contains("vips4: key size is 16, not 4"),
         "{refused}"
     );
     restore("vips4");
@@ -348,9 +348,9 @@ fn a_half_made_set_is_made_anew() {
 
     // Somebody else's map under one of our names is not removed.
     fs::remove_file(pins.0.join("settings")).unwrap();
-    fs::rename(pins.0.join("services6"), pins.0.join("vips4")).unwrap();
+    fs::rename(pins.0.join("vips6"), pins.0.join("vips4")).unwrap();
     let refused = pins.refused(&LIMITS);
-    assert!(refused.contains("vips4: key size is 20"), "{refused}");
+    assert!(refused.contains("vips4: key size is 16"), "{refused}");
     assert!(pins.0.join("vips4").exists());
 }
 

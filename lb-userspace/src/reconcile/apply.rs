@@ -117,13 +117,13 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
                 let found = match id.listen.ip {
                     IpAddr::V4(a) => {
                         let key = key(from_ipv4(a), port, id);
-                        maps.services4.insert(&key, number)?;
-                        maps.services4.get(&key)?
+                        maps.services4.insert(&key, *number)?;
+                        maps.services4.get(&key)
                     }
                     IpAddr::V6(a) => {
                         let key = key(from_ipv6(a), port, id);
-                        maps.services6.insert(&key, number)?;
-                        maps.services6.get(&key)?
+                        maps.services6.insert(&key, *number)?;
+                        maps.services6.get(&key)
                     }
                 };
                 ensure!(found == Some(*number), "reads differently");
@@ -132,8 +132,8 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
         Op::Withdraw { id } => {
             for port in ports(id) {
                 match id.listen.ip {
-                    IpAddr::V4(a) => maps.services4.remove(&key(from_ipv4(a), port, id))?,
-                    IpAddr::V6(a) => maps.services6.remove(&key(from_ipv6(a), port, id))?,
+                    IpAddr::V4(a) => maps.services4.remove(&key(from_ipv4(a), port, id)),
+                    IpAddr::V6(a) => maps.services6.remove(&key(from_ipv6(a), port, id)),
                 };
             }
         }
@@ -203,14 +203,14 @@ fn describe(op: &Op) -> String {
 /// When the kernel refuses to tell.
 pub fn find(maps: &Maps) -> Result<Found> {
     let mut found = Found::default();
-    maps.services4.iter_batches(|key, number| {
+    maps.services4.each(|key, number| {
         let vip = IpAddr::V4(Ipv4Addr::from(key.vip.to_ne_bytes()));
-        found.services.extend(service(vip, key, *number));
-    })?;
-    maps.services6.iter_batches(|key, number| {
+        found.services.extend(service(vip, key, number));
+    });
+    maps.services6.each(|key, number| {
         let vip = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(key.vip)));
-        found.services.extend(service(vip, key, *number));
-    })?;
+        found.services.extend(service(vip, key, number));
+    });
     maps.vips4.iter_batches(|address, vip| {
         let address = IpAddr::V4(Ipv4Addr::from(address.to_ne_bytes()));
         found.vips.push((address, vip.flags));

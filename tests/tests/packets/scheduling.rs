@@ -327,7 +327,7 @@ fn least_connections_looks_at_a_thousand_backends() {
     };
     maps.services.store(1, service);
     maps.services4
-        .insert(&ServiceKey::new(vip, 80_u16.to_be(), TCP), &1)
+        .insert(&ServiceKey::new(vip, 80_u16.to_be(), TCP), 1)
         .unwrap();
     for lonely in [1, 2, 600, MANY - 1, MANY] {
         let held = maps.backend_load.atomic_u64(lonely, 16);
