@@ -88,6 +88,14 @@ const NEEDS: &[Need] = &[
         arch: "curl",
     },
     Need {
+        groups: &[Group::Tests],
+        why: "openssl: certificates",
+        is_there: || find("openssl").is_some(),
+        debian: "openssl",
+        fedora: "openssl",
+        arch: "openssl",
+    },
+    Need {
         groups: &[Group::Tests, Group::Bench],
         why: "wrk: many HTTP connections at once",
         is_there: || find("wrk").is_some(),

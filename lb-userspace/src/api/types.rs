@@ -44,7 +44,7 @@ pub struct Service {
     pub idle_timeout_seconds: f64,
     /// Seconds a handshake may take, if limited.
     pub connect_timeout_seconds: Option<f64>,
-    /// `none`, `tcp` or `http`.
+    /// How backends are checked: `none`, `tcp`, `tls`, `http`, `https`, `udp`, `dns`, `grpc` or `exec`.
     pub health: String,
     /// Counters.
     #[serde(flatten)]

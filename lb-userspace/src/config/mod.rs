@@ -5,18 +5,24 @@
 
 mod daemon;
 mod error;
+mod health;
 mod listen;
 mod read;
 mod select;
 mod service;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod value;
 mod whole;
 
 pub use error::Error;
+pub use health::{
+    Check, Dns, Exec, Grpc, Health, Http, Pattern, Start, Udp, User, environment, rcode_name,
+};
 pub use listen::{Endpoint, Listen, Ports};
 pub use select::{BackendSelector, SelectError, ServiceSelector};
+pub use tls::Tls;
 pub use value::{Human, Prefix};
 
 use read::{Section, Source};
@@ -25,6 +31,7 @@ use std::{
     io::Read,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 use toml::de::DeTable;
@@ -152,8 +159,8 @@ pub struct Service {
     pub allow: Vec<Prefix>,
     /// Clients that may not, of the VIP's family.
     pub deny: Vec<Prefix>,
-    /// How backends are checked.
-    pub health: Health,
+    /// How backends are checked that do not say otherwise.
+    pub health: Arc<Health>,
     /// Backends, in the order of the file.
     pub backends: Vec<Backend>,
 }
@@ -200,46 +207,8 @@ pub struct Backend {
     pub backup: bool,
     /// Most connections it may hold; 0: no limit.
     pub max_connections: u32,
-}
-
-/// Section `[service.health]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Health {
-    /// What is asked.
-    pub check: Check,
-    /// Time from the start of one check to the start of the next.
-    pub interval: Duration,
-    /// Time a check may take.
-    pub timeout: Duration,
-    /// Successes in a row that bring a backend up.
-    pub rise: u32,
-    /// Failures in a row that take it down.
-    pub fall: u32,
-}
-
-/// What a health check asks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Check {
-    /// Nothing: the backend counts as up.
-    None,
-    /// A TCP connection.
-    Tcp {
-        /// Port to ask at instead of the backend's own.
-        port: Option<u16>,
-    },
-    /// An HTTP/1.1 request that must be answered with an expected status.
-    Http {
-        /// Port to ask at instead of the backend's own.
-        port: Option<u16>,
-        /// Method.
-        method: String,
-        /// Path, with query if any.
-        path: String,
-        /// `Host` header; `None`: the backend's address.
-        host: Option<String>,
-        /// Inclusive ranges of good status codes.
-        expect: Vec<(u16, u16)>,
-    },
+    /// How it is checked: the service's [`Service::health`], or one of its own.
+    pub health: Arc<Health>,
 }
 
 impl Config {

@@ -1,26 +1,20 @@
 //! Section `[[service]]` with what is below it, and `[defaults]`.
 
 use super::{
-    Backend, Check, Endpoint, Error, Health, Protocol, Service,
+    Backend, Endpoint, Error, Protocol, Service,
+    health::{self, HealthOptions, positive},
     read::{At, Entry, Section, closest, quote},
-    value::{self, Human, Prefix},
+    value::{self, Prefix},
 };
 use lb_common::{
     names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, name_of, number_of},
     service::{forward, on_backend_down, on_no_backend, scheduler},
 };
-use std::{collections::HashSet, net::IpAddr, time::Duration};
+use std::{collections::HashSet, net::IpAddr, sync::Arc, time::Duration};
 
 const IDLE_TIMEOUT_TCP: Duration = Duration::from_secs(15 * 60);
 const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(60);
-const INTERVAL: Duration = Duration::from_secs(1);
-const TIMEOUT: Duration = Duration::from_millis(500);
-const RISE: u32 = 2;
-const FALL: u32 = 3;
-const COUNT_MAX: u32 = 65_535;
 const WEIGHT_MAX: u32 = 65_535;
-const STATUS: (u16, u16) = (100, 599);
-const EXPECT: (u16, u16) = (200, 399);
 
 /// Keys that both a service and `[defaults]` may have.
 const CASCADING: [&str; 16] = [
@@ -59,43 +53,6 @@ pub(super) struct Options {
     allow: Option<At<Vec<At<Prefix>>>>,
     deny: Option<At<Vec<At<Prefix>>>>,
     health: HealthOptions,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    None,
-    Tcp,
-    Http,
-}
-
-impl Kind {
-    const WORDS: [(&'static str, Self); 3] = [
-        ("none", Self::None),
-        ("tcp", Self::Tcp),
-        ("http", Self::Http),
-    ];
-
-    fn name(self) -> &'static str {
-        Self::WORDS
-            .iter()
-            .find(|(_, kind)| *kind == self)
-            .map_or("", |(word, _)| word)
-    }
-}
-
-/// The keys of a section `health`.
-#[derive(Default)]
-struct HealthOptions {
-    kind: Option<At<Kind>>,
-    port: Option<At<u16>>,
-    method: Option<At<String>>,
-    path: Option<At<String>>,
-    host: Option<At<String>>,
-    expect: Option<At<Vec<(u16, u16)>>>,
-    interval: Option<At<Duration>>,
-    timeout: Option<At<Duration>>,
-    rise: Option<At<u32>>,
-    fall: Option<At<u32>>,
 }
 
 /// Reads `[defaults]`.
@@ -169,11 +126,8 @@ pub(super) fn service(
 
     let mut backends = Vec::new();
     let mut backend_offsets = Vec::new();
-    for (index, section) in section
-        .tables("backend", "service.backend")?
-        .into_iter()
-        .enumerate()
-    {
+    let mut sections = section.tables("backend", "service.backend")?;
+    for (index, section) in sections.iter_mut().enumerate() {
         let (backend, offset) = backend(section, index + 1, listen.ports.for_backends())?;
         backends.push(backend);
         backend_offsets.push(offset);
@@ -223,7 +177,13 @@ pub(super) fn service(
         let message = format!("{why} needs every flow recorded; remove track = \"changes\"");
         return Err(section.error(track.offset, message));
     }
-    let health = health(&section, protocol, &backends, &own.health, &defaults.health)?;
+    let health = health::resolve(
+        &section,
+        &sections,
+        protocol,
+        &mut backends,
+        (own.health, &defaults.health),
+    )?;
     Ok(Placed {
         service: Service {
             name: name.to_owned(),
@@ -343,7 +303,12 @@ fn pick<'a, T>(own: &'a Option<At<T>>, default: &'a Option<At<T>>) -> Option<&'a
     own.as_ref().or(default.as_ref())
 }
 
-fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backend, usize), Error> {
+/// Reads a backend, whose name `section` is called by from then on.
+fn backend(
+    section: &mut Section<'_>,
+    ordinal: usize,
+    port: u16,
+) -> Result<(Backend, usize), Error> {
     let service = section.object.clone();
     section.object = format!("{service}: backend {ordinal}");
     let name = match section.get("name") {
@@ -362,7 +327,14 @@ fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backe
     if name.is_none() {
         section.object = format!("{service}: backend {}", Endpoint(address));
     }
-    section.only(&["name", "address", "weight", "backup", "max_connections"])?;
+    section.only(&[
+        "name",
+        "address",
+        "weight",
+        "backup",
+        "max_connections",
+        "health",
+    ])?;
     let weight = match section.get("weight") {
         None => 1,
         Some(entry) => entry.integer(0, WEIGHT_MAX)?,
@@ -381,6 +353,8 @@ fn backend(mut section: Section<'_>, ordinal: usize, port: u16) -> Result<(Backe
         weight,
         backup,
         max_connections,
+        // Known when the service's own check is.
+        health: Arc::default(),
     };
     Ok((backend, offset))
 }
@@ -485,15 +459,6 @@ fn any_duration(entry: &Entry<'_, '_>, example: &str) -> Result<Duration, Error>
     value::duration(text).map_err(|message| entry.bad(text, message))
 }
 
-fn positive(entry: &Entry<'_, '_>, example: &str) -> Result<At<Duration>, Error> {
-    let time = any_duration(entry, example)?;
-    if time.is_zero() {
-        let message = format!("is no time at all; choose more, such as \"{example}\"");
-        return Err(entry.bad(entry.text(example)?, message));
-    }
-    Ok(entry.at(time))
-}
-
 fn prefixes(
     section: &Section<'_>,
     entry: &Entry<'_, '_>,
@@ -519,232 +484,6 @@ fn prefixes(
         })
         .collect();
     Ok(entry.at(prefixes?))
-}
-
-impl HealthOptions {
-    fn read(parent: &Section<'_>) -> Result<Self, Error> {
-        let Some(section) = parent.table("health", format!("{}: health", parent.object))? else {
-            return Ok(Self::default());
-        };
-        section.only(&[
-            "type", "port", "method", "path", "host", "expect", "interval", "timeout", "rise",
-            "fall",
-        ])?;
-        let text = |key, example: &str, check: fn(&str) -> Result<(), String>| {
-            section
-                .get(key)
-                .map(|entry| {
-                    let text = entry.text(example)?;
-                    check(text).map_err(|message| entry.bad(text, message))?;
-                    Ok(entry.at(text.to_owned()))
-                })
-                .transpose()
-        };
-        let time = |key, example: &str| {
-            section
-                .get(key)
-                .map(|entry| positive(&entry, example))
-                .transpose()
-        };
-        let count = |key| {
-            section
-                .get(key)
-                .map(|entry| Ok(entry.at(entry.integer(1, COUNT_MAX)?)))
-                .transpose()
-        };
-        let port = |entry: Entry<'_, '_>| {
-            let number = entry.integer(1, u32::from(u16::MAX))?;
-            Ok(entry.at(u16::try_from(number).unwrap_or(u16::MAX)))
-        };
-        Ok(Self {
-            kind: section.get("type").map(|entry| kind(&entry)).transpose()?,
-            port: section.get("port").map(port).transpose()?,
-            method: text("method", "GET", method)?,
-            path: text("path", "/health", path)?,
-            host: text("host", "www.example.com", host)?,
-            expect: section
-                .get("expect")
-                .map(|entry| expect(&section, &entry))
-                .transpose()?,
-            interval: time("interval", "1s")?,
-            timeout: time("timeout", "500ms")?,
-            rise: count("rise")?,
-            fall: count("fall")?,
-        })
-    }
-
-    /// The keys that only some checks use, each with the place it was written.
-    fn specific(&self) -> [(&'static str, Option<usize>); 5] {
-        [
-            ("port", self.port.as_ref().map(|at| at.offset)),
-            ("method", self.method.as_ref().map(|at| at.offset)),
-            ("path", self.path.as_ref().map(|at| at.offset)),
-            ("host", self.host.as_ref().map(|at| at.offset)),
-            ("expect", self.expect.as_ref().map(|at| at.offset)),
-        ]
-    }
-
-    fn timing(&self) -> [(&'static str, Option<usize>); 4] {
-        [
-            ("interval", self.interval.as_ref().map(|at| at.offset)),
-            ("timeout", self.timeout.as_ref().map(|at| at.offset)),
-            ("rise", self.rise.as_ref().map(|at| at.offset)),
-            ("fall", self.fall.as_ref().map(|at| at.offset)),
-        ]
-    }
-}
-
-fn kind(entry: &Entry<'_, '_>) -> Result<At<Kind>, Error> {
-    let text = entry.text("http")?;
-    if let Some((_, kind)) = Kind::WORDS.iter().find(|(word, _)| *word == text) {
-        return Ok(entry.at(*kind));
-    }
-    if ["https", "udp", "dns", "grpc", "exec"].contains(&text) {
-        return Err(entry.not_yet(format!("type {}", quote(text)), "use none, tcp or http"));
-    }
-    Err(entry.bad(text, "is unknown; use none, tcp or http"))
-}
-
-fn method(text: &str) -> Result<(), String> {
-    if !text.is_empty() && text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_uppercase()) {
-        return Ok(());
-    }
-    Err("is not an HTTP method; write it like \"GET\" or \"HEAD\"".to_owned())
-}
-
-fn path(text: &str) -> Result<(), String> {
-    if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Ok(());
-    }
-    Err("is not a path; begin with \"/\" and write spaces and what is not ASCII as %XX".to_owned())
-}
-
-fn host(text: &str) -> Result<(), String> {
-    if !text.is_empty()
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_graphic() && byte != b'/')
-    {
-        return Ok(());
-    }
-    Err("is not a host; write it like \"www.example.com\"".to_owned())
-}
-
-fn expect(section: &Section<'_>, entry: &Entry<'_, '_>) -> Result<At<Vec<(u16, u16)>>, Error> {
-    let (low, high) = STATUS;
-    let mut ranges = Vec::new();
-    for at in entry.words("200-299", u32::from(low), u32::from(high))? {
-        for part in at.value.split(',') {
-            let range = value::range(part.trim(), low, high).map_err(|message| {
-                section.error(
-                    at.offset,
-                    format!("expect {} {message}", quote(part.trim())),
-                )
-            })?;
-            ranges.push(range);
-        }
-    }
-    if ranges.is_empty() {
-        return Err(entry.error("expect is empty; write it like \"200-299\""));
-    }
-    Ok(entry.at(ranges))
-}
-
-/// The check of one service: what it says itself, over what `[defaults.health]` says.
-fn health(
-    section: &Section<'_>,
-    protocol: Protocol,
-    backends: &[Backend],
-    own: &HealthOptions,
-    defaults: &HealthOptions,
-) -> Result<Health, Error> {
-    let written = pick(&own.kind, &defaults.kind);
-    let kind = written.map_or(Kind::None, |at| at.value);
-    let error = |offset, message: String| section.error(offset, format!("health: {message}"));
-
-    let unused = match (written, kind) {
-        // Nothing says what to ask, so a key that says how must be a mistake.
-        (None, _) => own
-            .specific()
-            .into_iter()
-            .chain(own.timing())
-            .find(|(_, at)| at.is_some()),
-        // "none" may be there for the time being, with the rest left for later.
-        (_, Kind::None | Kind::Http) => None,
-        (_, Kind::Tcp) => own
-            .specific()
-            .into_iter()
-            .skip(1)
-            .find(|(_, at)| at.is_some()),
-    };
-    if let Some((key, Some(offset))) = unused {
-        let message = match written {
-            None => format!("{key} without a type has no effect; add type = \"tcp\" or \"http\""),
-            Some(_) => format!("{key} is not for a {} check; remove it", kind.name()),
-        };
-        return Err(error(offset, message));
-    }
-
-    let port = pick(&own.port, &defaults.port).map(|at| at.value);
-    if kind != Kind::None && protocol == Protocol::Udp && port.is_none() {
-        let offset = own.kind.as_ref().map_or(section.offset, |at| at.offset);
-        let message = format!(
-            "a {} check of a udp service needs a TCP port to ask at; add port, or write type = \"none\"",
-            kind.name()
-        );
-        return Err(error(offset, message));
-    }
-
-    let portless = backends.iter().find(|b| b.address.port() == 0);
-    if kind != Kind::None
-        && port.is_none()
-        && let Some(backend) = portless
-    {
-        let offset = own.kind.as_ref().map_or(section.offset, |at| at.offset);
-        let message = format!(
-            "a {} check needs a port to ask at, and backend {} has none of its own; add port, or write type = \"none\"",
-            kind.name(),
-            quote(&backend.name)
-        );
-        return Err(error(offset, message));
-    }
-
-    let interval = pick(&own.interval, &defaults.interval);
-    let timeout = pick(&own.timeout, &defaults.timeout);
-    let place = timeout.or(interval).map_or(section.offset, |at| at.offset);
-    let interval = interval.map_or(INTERVAL, |at| at.value);
-    let timeout = timeout.map_or_else(|| TIMEOUT.min(interval), |at| at.value);
-    if interval < timeout {
-        let message = format!(
-            "timeout {} is longer than interval {}; choose an interval of at least {}",
-            Human(timeout),
-            Human(interval),
-            Human(timeout)
-        );
-        return Err(error(place, message));
-    }
-    let text = |own, default, fallback: &str| {
-        pick(own, default).map_or_else(|| fallback.to_owned(), |at: &At<String>| at.value.clone())
-    };
-    let check = match kind {
-        Kind::None => Check::None,
-        Kind::Tcp => Check::Tcp { port },
-        Kind::Http => Check::Http {
-            port,
-            method: text(&own.method, &defaults.method, "GET"),
-            path: text(&own.path, &defaults.path, "/"),
-            host: pick(&own.host, &defaults.host).map(|at| at.value.clone()),
-            expect: pick(&own.expect, &defaults.expect)
-                .map_or_else(|| vec![EXPECT], |at| at.value.clone()),
-        },
-    };
-    Ok(Health {
-        check,
-        interval,
-        timeout,
-        rise: pick(&own.rise, &defaults.rise).map_or(RISE, |at| at.value),
-        fall: pick(&own.fall, &defaults.fall).map_or(FALL, |at| at.value),
-    })
 }
 
 impl Service {

@@ -31,6 +31,7 @@ fn the_minimal_example_has_the_documented_defaults() {
         weight: 1,
         backup: false,
         max_connections: 0,
+        health: Arc::default(),
     };
     let expected = Config {
         daemon: Daemon {
@@ -74,13 +75,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             max_new_per_source: 0,
             allow: vec![],
             deny: vec![],
-            health: Health {
-                check: Check::None,
-                interval: Duration::from_secs(1),
-                timeout: Duration::from_millis(500),
-                rise: 2,
-                fall: 3,
-            },
+            health: Arc::default(),
             backends: vec![backend("10.0.0.11:3001"), backend("10.0.0.12:3002")],
         }],
     };
@@ -93,30 +88,39 @@ fn the_full_example_says_what_it_says() {
     assert_eq!(config.daemon.interfaces, ["eth0", "eth1"]);
     assert_eq!(config.daemon.http, Some("127.0.0.1:9099".parse().unwrap()));
     assert_eq!(config.daemon.nat_ports, Some((1024, 32767)));
-    let [web, web6, dns, media, lab, tunnelled] = &config.services[..] else {
-        panic!("six services");
+    let [web, web6, dns, media, lab, syslog, rpc, mail, tunnelled] = &config.services[..] else {
+        panic!("nine services");
     };
     assert_eq!(tunnelled.forward, forward::GUE);
     assert!(tunnelled.backends[1].address.ip().is_ipv6());
     assert_eq!(web.scheduler, scheduler::ROUND_ROBIN);
     assert_eq!(web.on_backend_down, on_backend_down::RESET);
     assert_eq!(web.connect_timeout, Some(Duration::from_secs(3)));
+    let request = Http {
+        method: "GET".to_owned(),
+        path: "/health".to_owned(),
+        host: Some("www.example.com".to_owned()),
+        expect: vec![(200, 299), (301, 301)],
+        body: Some("^ok".parse().unwrap()),
+    };
     assert_eq!(
-        web.health,
+        *web.health,
         Health {
-            check: Check::Http {
-                port: Some(8080),
-                method: "GET".to_owned(),
-                path: "/health".to_owned(),
-                host: Some("www.example.com".to_owned()),
-                expect: vec![(200, 299), (301, 301)],
-            },
+            check: Check::Http(Box::new(request), None),
+            port: Some(8080),
             interval: Duration::from_secs(2),
+            fast_interval: Duration::from_millis(500),
+            down_interval: Duration::from_secs(5),
+            jitter: 10,
             timeout: Duration::from_millis(500),
             rise: 2,
             fall: 3,
+            start: Start::Unknown,
         }
     );
+    assert_eq!(web.backends[0].health, web.health);
+    assert_eq!(web.backends[2].health.port, Some(9090));
+    assert_eq!(web.backends[2].health.check, web.health.check);
     assert_eq!(web.backends[0].name, "app1");
     assert_eq!((web.backends[0].weight, web.backends[1].weight), (6, 4));
     assert_eq!(web6.listener(), "[2001:db8::1]:443/tcp");
@@ -129,8 +133,17 @@ fn the_full_example_says_what_it_says() {
     assert_eq!(media.listener(), "198.51.100.10:30000-30999/udp");
     assert_eq!(media.backends[0].address, "10.0.0.61:0".parse().unwrap());
     assert_eq!(media.backends[0].name, "10.0.0.61");
-    assert_eq!(media.health.check, Check::Tcp { port: Some(5060) });
+    assert_eq!(media.health.check, Check::Tcp);
+    assert_eq!(media.health.port, Some(5060));
     assert_eq!(lab.listener(), "198.51.100.20:*/tcp");
+    assert!(matches!(&web6.health.check, Check::Http(_, Some(tls))
+        if tls.name.as_deref() == Some("www.example.com")));
+    assert!(matches!(&dns.health.check, Check::Dns(dns) if dns.record.to_string() == "A"));
+    assert!(matches!(&syslog.health.check, Check::Udp(udp)
+        if udp.payload == b"<14>check" && !udp.must_answer));
+    assert!(matches!(&rpc.health.check, Check::Grpc(grpc) if grpc.service == "my.package.Service"));
+    assert!(matches!(&mail.health.check, Check::Exec(exec)
+        if exec.args == ["--quick"] && exec.user.name == "nobody" && exec.user.uid != 0));
 }
 
 #[test]
@@ -154,10 +167,6 @@ fn every_later_feature_is_refused_by_name() {
         (
             "on_backend_down = \"reschedule\"",
             "on_backend_down \"reschedule\" is not supported yet; use keep or reset",
-        ),
-        (
-            "health = { type = \"https\" }",
-            "health: type \"https\" is not supported yet; use none, tcp or http",
         ),
     ] {
         let expected = format!("lb.toml:6: service \"web\": {complaint}");
@@ -416,6 +425,87 @@ fn mistakes_in_a_service_name_line_object_and_remedy() {
             "6: service \"b\": listen is missing; write listen =",
         ),
         (
+            "[service.health]\ntype = \"tcp\"\nfast_interval = \"2s\"",
+            "8: service \"web\": health: fast_interval 2s is longer than interval 1s; choose at most 1s",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\nexpect_body = \"(\"",
+            "8: service \"web\": health: expect_body \"(\" is not a regular expression: unclosed group",
+        ),
+        (
+            "[service.health]\ntype = \"https\"\nverify = true",
+            "8: service \"web\": health: verify needs the authorities to trust; write ca = ",
+        ),
+        (
+            "[service.health]\ntype = \"https\"\nca = \"/proc/version\"",
+            "8: service \"web\": health: verify needs the name in the certificate; add sni",
+        ),
+        (
+            "[service.health]\ntype = \"https\"\nhost = \"a.b\"\nca = \"/proc/version\"",
+            "9: service \"web\": health: ca /proc/version holds no certificate; it must be in PEM format",
+        ),
+        (
+            "[service.health]\ntype = \"https\"\nsni = \"a b\"",
+            "8: service \"web\": health: sni \"a b\" is not the name of a server",
+        ),
+        (
+            "[service.health]\ntype = \"tls\"\ncert = \"/nowhere/a.crt\"",
+            "8: service \"web\": health: cert needs its key; add key",
+        ),
+        (
+            "[service.health]\ntype = \"tls\"\ncert = \"/nowhere/a\"\nkey = \"/nowhere/b\"",
+            "8: service \"web\": health: cert /nowhere/a cannot be read: No such file",
+        ),
+        (
+            "[service.health]\ntype = \"http\"\nca = \"/a\"",
+            "8: service \"web\": health: ca is not for an http check; remove it",
+        ),
+        (
+            "[service.health]\ntype = \"dns\"",
+            "7: service \"web\": health: a dns check needs a name; write name = ",
+        ),
+        (
+            "[service.health]\ntype = \"dns\"\nname = \"a\"\nrecord = \"B\"",
+            "9: service \"web\": health: record \"B\" is not a record type",
+        ),
+        (
+            "[service.health]\ntype = \"dns\"\nname = \"a\"\nrcode = \"OK\"",
+            "9: service \"web\": health: rcode \"OK\" is unknown; use one of NOERROR, ",
+        ),
+        (
+            "[service.health]\ntype = \"udp\"\npayload = \"a\"\npayload_hex = \"61\"",
+            "9: service \"web\": health: payload_hex and payload exclude each other",
+        ),
+        (
+            "[service.health]\ntype = \"udp\"\npayload_hex = \"6\"",
+            "8: service \"web\": health: payload_hex \"6\" is not a datagram in hexadecimal",
+        ),
+        (
+            "[service.health]\ntype = \"exec\"",
+            "7: service \"web\": health: an exec check needs a command; write command = ",
+        ),
+        (
+            "[service.health]\ntype = \"exec\"\ncommand = \"check\"",
+            "8: service \"web\": health: command \"check\" is not an absolute path",
+        ),
+        (
+            "[service.health]\ntype = \"exec\"\ncommand = \"/a\"\nuser = \"no body\"",
+            "9: service \"web\": health: user \"no body\" is no user of this system",
+        ),
+        (
+            "[service.health]\ntype = \"tcp\"\nstart = \"sideways\"",
+            "8: service \"web\": health: start \"sideways\" is unknown; use unknown, up or down",
+        ),
+        (
+            "[[service.backend]]\naddress = \"10.0.0.1\"\n[service.backend.health]\nport = 9",
+            "9: service \"web\": backend 10.0.0.1:80: health: port without a type has no effect",
+        ),
+        (
+            "[service.health]\ntype = \"tcp\"\n[[service.backend]]\naddress = \"10.0.0.1\"\n\
+             health = { path = \"/\" }",
+            "10: service \"web\": backend 10.0.0.1:80: health: path is not for a tcp check; remove it",
+        ),
+        (
             "[service.health]\ntype = \"http\"\npath = \"health\"",
             "8: service \"web\": health: path \"health\" is not a path; begin with \"/\"",
         ),
@@ -567,8 +657,8 @@ fn mistakes_outside_services_name_line_object_and_remedy() {
             "4: defaults: affinity \"1\" has no unit",
         ),
         (
-            daemon("[defaults.health]\ntype = \"grpc\""),
-            "4: defaults: health: type \"grpc\" is not supported yet",
+            daemon("[defaults.health]\ntype = \"htpp\""),
+            "4: defaults: health: type \"htpp\" is unknown; did you mean \"http\"?",
         ),
         (
             daemon("x = 10m"),
@@ -644,15 +734,15 @@ fn defaults_cascade_key_by_key() {
     assert_eq!(inherited.scheduler, scheduler::SOURCE_HASH);
     assert_eq!(inherited.connect_timeout, Some(Duration::from_secs(2)));
     assert_eq!(inherited.health.interval, Duration::from_secs(5));
-    assert!(matches!(&inherited.health.check, Check::Http { path, .. } if path == "/up"));
+    assert!(matches!(&inherited.health.check, Check::Http(http, None) if http.path == "/up"));
 
     let own = service("scheduler = \"maglev\"\n[service.health]\npath = \"/own\"").unwrap();
     assert_eq!(own.scheduler, scheduler::MAGLEV);
     assert_eq!(own.health.interval, Duration::from_secs(5));
-    assert!(matches!(&own.health.check, Check::Http { path, .. } if path == "/own"));
+    assert!(matches!(&own.health.check, Check::Http(http, None) if http.path == "/own"));
 
     let tcp = service("[service.health]\ntype = \"tcp\"\nport = 9").unwrap();
-    assert_eq!(tcp.health.check, Check::Tcp { port: Some(9) });
+    assert_eq!((&tcp.health.check, tcp.health.port), (&Check::Tcp, Some(9)));
     assert_eq!(tcp.health.interval, Duration::from_secs(5));
 
     let udp = service("protocol = \"udp\"\n[service.health]\ntype = \"none\"").unwrap();

@@ -12,7 +12,7 @@ mod views;
 
 use crate::{
     api::Failure,
-    config::{self, Config, Endpoint, Listen, Ports},
+    config::{self, Check, Config, Endpoint, Listen, Ports, environment},
     dataplane::{self, Dataplane},
     flows::{self, Flows, Sweep, Timeouts},
     health::{Checker, Target},
@@ -153,6 +153,9 @@ impl Daemon {
     fn checked(&mut self, key: BackendKey, result: CheckResult) {
         let change = self.model.check_result(key, result, Instant::now());
         self.note(change);
+        if let Some(backend) = self.model.backend(key) {
+            self.checker.set_pace(&key, backend.pace());
+        }
     }
 
     /// The way to an address became known or changed.
@@ -536,11 +539,16 @@ impl Daemon {
                             service: key,
                             address: backend.config().address,
                         };
+                        let environment = match backend.config().health.check {
+                            Check::Exec(_) => environment(&service.config, backend.config()),
+                            _ => Vec::new(),
+                        };
                         Target {
                             id,
                             address: backend.config().address,
-                            health: service.config.health.clone(),
+                            health: backend.config().health.clone(),
                             via: ways.get(&id).copied(),
+                            environment,
                         }
                     })
                     .collect::<Vec<_>>()

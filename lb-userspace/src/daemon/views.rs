@@ -3,7 +3,7 @@
 use super::Daemon;
 use crate::{
     api::{ConnectionFilter, types},
-    config::{Check, Endpoint},
+    config::Endpoint,
     flows::{self, Connection, Flows},
     model::{Admin, ServiceKey, State},
 };
@@ -43,12 +43,7 @@ impl Daemon {
                 backends_total: u32::try_from(service.backends.len()).unwrap_or(u32::MAX),
                 idle_timeout_seconds: config.idle_timeout.as_secs_f64(),
                 connect_timeout_seconds: config.connect_timeout.map(|t| t.as_secs_f64()),
-                health: match config.health.check {
-                    Check::None => "none",
-                    Check::Tcp { .. } => "tcp",
-                    Check::Http { .. } => "http",
-                }
-                .to_owned(),
+                health: config.health.check.name().to_owned(),
                 traffic,
             });
         }

@@ -3,9 +3,16 @@
 //! What results mean for a backend (rise, fall, states) is the model's business, not decided here.
 //! See `docs/health-checks.md`.
 
+mod connect;
+mod dns;
+pub(crate) mod exec;
+mod grpc;
+mod http;
 mod probe;
 #[cfg(test)]
 mod tests;
+mod tls;
+mod udp;
 
 use std::{
     collections::HashMap,
@@ -21,14 +28,14 @@ use std::{
 
 use tokio::{
     runtime,
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     task::AbortHandle,
     time::{Instant, sleep_until},
 };
 use tracing::warn;
 
 use crate::{
-    config::{Check, Health},
+    config::{Check, Health, Start},
     model::check::CheckResult,
 };
 use probe::Probe;
@@ -41,7 +48,9 @@ pub struct Target<K> {
     /// The backend's address and port.
     pub address: SocketAddr,
     /// How it is checked. Nothing is done or reported for [`Check::None`].
-    pub health: Health,
+    pub health: Arc<Health>,
+    /// What a command that checks it finds in its environment.
+    pub environment: Vec<(&'static str, String)>,
     /// How its checks go where the VIP's packets go; `None`: straight to the address.
     pub via: Option<Via>,
 }
@@ -53,6 +62,18 @@ pub struct Via {
     pub mark: u32,
     /// The forward mode: one of [`lb_common::service::forward`].
     pub forward: u8,
+}
+
+/// How often a target is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// Every `interval`.
+    #[default]
+    Steady,
+    /// Every `fast_interval`: something is about to change.
+    Changing,
+    /// Every `down_interval`.
+    Down,
 }
 
 /// Runs the checks. Dropping it ends them.
@@ -67,8 +88,10 @@ pub struct Checker<K> {
 #[derive(Debug)]
 struct Running {
     address: SocketAddr,
-    health: Health,
     via: Option<Via>,
+    health: Arc<Health>,
+    environment: Vec<(&'static str, String)>,
+    pace: watch::Sender<Pace>,
     task: AbortHandle,
 }
 
@@ -83,6 +106,8 @@ struct Shared<K> {
     results: mpsc::Sender<(K, CheckResult)>,
     /// Sockets that may be open at a time.
     sockets: Semaphore,
+    /// Processes that may run at a time.
+    processes: Semaphore,
     started: Instant,
     /// Milliseconds after `started` when the host's own trouble was last logged.
     complained: AtomicU64,
@@ -90,6 +115,9 @@ struct Shared<K> {
 
 /// Results that may wait to be taken before checks wait in turn.
 const RESULTS: usize = 4096;
+
+/// Commands that run at a time; more than a few for each core only wait for each other.
+const PROCESSES: usize = 64;
 
 /// First checks of targets that are set together start at least this far apart, if a tenth of the interval
 /// has room for that.
@@ -113,6 +141,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
             shared: Arc::new(Shared {
                 results,
                 sockets: Semaphore::new(sockets()),
+                processes: Semaphore::new(PROCESSES),
                 started: Instant::now(),
                 complained: AtomicU64::new(0),
             }),
@@ -122,7 +151,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
         (checker, receiver)
     }
 
-    /// Replaces what is checked. A target whose address, check, interval and timeout stay keeps its
+    /// Replaces what is checked. A target that is asked the same as before, equally often, keeps its
     /// rhythm; others are checked at once.
     ///
     /// A result that was already on its way may still arrive for a target that is gone.
@@ -147,35 +176,58 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
         for (position, target) in (0u32..).zip(new) {
             let spacing = (target.health.interval / 10 / count).min(SPACING);
             let seed = self.random.hash_one(position) ^ self.random.hash_one(&target.id);
+            let Target {
+                id,
+                address,
+                via,
+                health,
+                environment,
+            } = target;
+            let (pace, paces) = watch::channel(Pace::Steady);
             let run = run(
-                target.id.clone(),
-                Probe::new(target.address, &target.health, target.via),
-                Rhythm {
-                    interval: target.health.interval,
-                    random: seed,
-                },
+                id.clone(),
+                Probe::new(address, via, &health, &environment),
+                Rhythm::new(&health, seed),
+                paces,
                 now + spacing * position,
                 self.shared.clone(),
             );
             let running = Running {
-                address: target.address,
-                health: target.health,
-                via: target.via,
+                address,
+                via,
+                health,
+                environment,
+                pace,
                 task: self.runtime.spawn(run).abort_handle(),
             };
-            self.running.insert(target.id, running);
+            self.running.insert(id, running);
+        }
+    }
+
+    /// From now on `id` is checked this often; its next check may come sooner for it, or later.
+    pub fn set_pace(&self, id: &K, pace: Pace) {
+        if let Some(running) = self.running.get(id) {
+            running
+                .pace
+                .send_if_modified(|before| std::mem::replace(before, pace) != pace);
         }
     }
 }
 
 impl Running {
-    /// Whether this check serves the target as it is now. Rise and fall are not ours.
+    /// Whether this check serves the target as it is now. Rise, fall and start are not ours.
     fn keeps<K>(&self, target: &Target<K>) -> bool {
+        let asks = |health: &Health| Health {
+            rise: 0,
+            fall: 0,
+            start: Start::Unknown,
+            ..health.clone()
+        };
         self.address == target.address
             && self.via == target.via
-            && self.health.check == target.health.check
-            && self.health.interval == target.health.interval
-            && self.health.timeout == target.health.timeout
+            && self.environment == target.environment
+            && (Arc::ptr_eq(&self.health, &target.health)
+                || asks(&self.health) == asks(&target.health))
     }
 }
 
@@ -184,12 +236,18 @@ async fn run<K: Clone>(
     id: K,
     probe: Probe,
     mut rhythm: Rhythm,
-    mut next: Instant,
+    mut pace: watch::Receiver<Pace>,
+    first: Instant,
     shared: Arc<Shared<K>>,
 ) {
+    sleep_until(first).await;
     loop {
-        sleep_until(next).await;
-        let Ok(permit) = shared.sockets.acquire().await else {
+        let room = if probe.forks() {
+            &shared.processes
+        } else {
+            &shared.sockets
+        };
+        let Ok(permit) = room.acquire().await else {
             return;
         };
         let started = Instant::now();
@@ -203,7 +261,16 @@ async fn run<K: Clone>(
             }
             Err(error) => shared.complain(&error),
         }
-        next = started + rhythm.pause();
+        rhythm.next();
+        loop {
+            let now = *pace.borrow_and_update();
+            tokio::select! {
+                () = sleep_until(started + rhythm.pause(now)) => break,
+                changed = pace.changed() => if changed.is_err() {
+                    return;
+                },
+            }
+        }
     }
 }
 
@@ -227,15 +294,33 @@ impl<K> Shared<K> {
     }
 }
 
-/// Start-to-start times: the interval, give or take a tenth, so that checks of many backends do
-/// not fall into step.
+/// Start-to-start times: the interval of the pace, give or take the jitter, so that checks of many
+/// backends do not fall into step.
 struct Rhythm {
-    interval: Duration,
+    steady: Duration,
+    changing: Duration,
+    down: Duration,
+    /// The largest part by which an interval varies.
+    jitter: f64,
     random: u64,
+    /// What the present interval is multiplied with.
+    factor: f64,
 }
 
 impl Rhythm {
-    fn pause(&mut self) -> Duration {
+    fn new(health: &Health, seed: u64) -> Self {
+        Self {
+            steady: health.interval,
+            changing: health.fast_interval,
+            down: health.down_interval,
+            jitter: f64::from(health.jitter) / 100.0,
+            random: seed,
+            factor: 1.0,
+        }
+    }
+
+    /// Another interval begins.
+    fn next(&mut self) {
         // splitmix64 (Steele, Lea, Flood 2014): one addition and two multiplications.
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.random;
@@ -244,7 +329,16 @@ impl Rhythm {
         bits ^= bits >> 31;
         // The upper 32 bits as a fraction of one.
         let fraction = f64::from(u32::try_from(bits >> 32).unwrap_or(0)) / f64::from(u32::MAX);
-        self.interval.mul_f64(0.9 + 0.2 * fraction)
+        self.factor = 1.0 - self.jitter + 2.0 * self.jitter * fraction;
+    }
+
+    fn pause(&self, pace: Pace) -> Duration {
+        let interval = match pace {
+            Pace::Steady => self.steady,
+            Pace::Changing => self.changing,
+            Pace::Down => self.down,
+        };
+        interval.mul_f64(self.factor)
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
+    convert::Infallible,
+    fs, io,
     net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -11,16 +13,27 @@ use std::{
     time::Duration,
 };
 
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::{
+    body::{Bytes, Frame, Incoming},
+    header::{HeaderMap, HeaderName, HeaderValue},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::pki_types::PrivateKeyDer;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream, UdpSocket},
     sync::mpsc,
     time::{Instant, timeout},
 };
 
-use super::{Checker, Rhythm, Target};
+use tokio_rustls::TlsAcceptor;
+
+use super::{Checker, Pace, Rhythm, Target};
 use crate::{
-    config::{Check, Health},
+    config::{Check, Config, Health},
     model::check::{CheckResult, Code},
 };
 
@@ -28,36 +41,37 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 type Results = mpsc::Receiver<(u32, CheckResult)>;
 
-fn health(check: Check) -> Health {
+/// The check of a service with these lines in its section, and of its only backend.
+fn parse(lines: &str) -> Health {
+    let text = format!(
+        "[daemon]\ninterfaces = [\"eth0\"]\n[[service]]\nname = \"web\"\n\
+         listen = \"198.51.100.10:80\"\n[service.health]\n{lines}\n"
+    );
+    let config = Config::parse(&text, Path::new("lb.toml")).unwrap();
     Health {
-        check,
         interval: Duration::from_millis(200),
+        fast_interval: Duration::from_millis(200),
+        down_interval: Duration::from_millis(200),
         timeout: Duration::from_millis(150),
-        rise: 2,
-        fall: 3,
+        ..(*config.services[0].health).clone()
     }
 }
 
 fn tcp() -> Health {
-    health(Check::Tcp { port: None })
+    parse("type = \"tcp\"")
 }
 
 fn http(path: &str) -> Health {
-    health(Check::Http {
-        port: None,
-        method: "GET".to_owned(),
-        path: path.to_owned(),
-        host: None,
-        expect: vec![(200, 399)],
-    })
+    parse(&format!("type = \"http\"\npath = \"{path}\""))
 }
 
 fn target(id: u32, address: SocketAddr, health: Health) -> Target<u32> {
     Target {
         id,
         address,
-        health,
         via: None,
+        health: Arc::new(health),
+        environment: Vec::new(),
     }
 }
 
@@ -154,9 +168,7 @@ async fn ipv6_works_too() {
 #[tokio::test]
 async fn another_port_can_be_asked() {
     let (listener, open) = listen().await;
-    let health = health(Check::Tcp {
-        port: Some(open.port()),
-    });
+    let health = parse(&format!("type = \"tcp\"\nport = {}", open.port()));
     assert_eq!(check(closed().await, health).await.code, Code::L4Ok);
     drop(listener);
 }
@@ -221,13 +233,8 @@ async fn a_wrong_status() {
 #[tokio::test]
 async fn expected_statuses_can_be_chosen() {
     let address = serve_text("HTTP/1.0 404 Not Found\r\n\r\n").await;
-    let health = health(Check::Http {
-        port: None,
-        method: "HEAD".to_owned(),
-        path: "/".to_owned(),
-        host: Some("app.example".to_owned()),
-        expect: vec![(200, 200), (404, 404)],
-    });
+    let health =
+        parse("type = \"http\"\nmethod = \"HEAD\"\nhost = \"app.example\"\nexpect = \"200,404\"");
     assert_eq!(check(address, health).await.code, Code::L7Ok);
 }
 
@@ -297,9 +304,9 @@ async fn of_a_long_body_only_the_beginning_is_read() {
 #[tokio::test]
 async fn a_request_that_cannot_be_made_says_why() {
     let address = serve_text("HTTP/1.1 200 OK\r\n\r\n").await;
-    let result = check(address, http("/a b")).await;
+    let result = check(address, http("/a<b")).await;
     assert_eq!(result.code, Code::L7Response);
-    assert_eq!(result.text, "health.path \"/a b\" is not a request target");
+    assert_eq!(result.text, "health.path \"/a<b\" is not a request target");
 }
 
 #[tokio::test]
@@ -308,7 +315,7 @@ async fn nothing_is_asked_where_nothing_is_to_be_checked() {
     let (_other, reference) = listen().await;
     let (mut checker, mut results) = Checker::spawn();
     checker.set(vec![
-        target(1, address, health(Check::None)),
+        target(1, address, parse("type = \"none\"")),
         target(2, reference, tcp()),
     ]);
     for _ in 0..3 {
@@ -319,11 +326,13 @@ async fn nothing_is_asked_where_nothing_is_to_be_checked() {
 
 #[tokio::test]
 async fn the_interval_is_kept_give_or_take_a_tenth() {
-    let mut rhythm = Rhythm {
-        interval: Duration::from_secs(1),
-        random: 1,
-    };
-    let pauses: Vec<_> = (0..1000).map(|_| rhythm.pause().as_millis()).collect();
+    let mut rhythm = Rhythm::new(&Health::default(), 1);
+    let pauses: Vec<_> = (0..1000)
+        .map(|_| {
+            rhythm.next();
+            rhythm.pause(Pace::Steady).as_millis()
+        })
+        .collect();
     assert!(pauses.iter().all(|pause| (900..=1100).contains(pause)));
     assert!(pauses.iter().any(|pause| *pause < 920));
     assert!(pauses.iter().any(|pause| *pause > 1080));
@@ -418,7 +427,7 @@ async fn thousands_are_checked() {
     std::thread::spawn(move || while listener.accept().is_ok() {});
     let (mut checker, mut results) = Checker::spawn();
     let mut health = tcp();
-    health.interval = Duration::from_secs(2);
+    (health.interval, health.fast_interval) = (Duration::from_secs(2), Duration::from_secs(2));
     health.timeout = Duration::from_secs(1);
     let targets = |id| target(id, address, health.clone());
     checker.set((0..2000).map(targets).collect());
@@ -433,4 +442,431 @@ async fn thousands_are_checked() {
             twice.insert(id);
         }
     }
+}
+
+#[tokio::test]
+async fn a_body_must_match() {
+    let health = || parse("type = \"http\"\nexpect_body = '\\bfine\\b'");
+    let fine = serve_text("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nall fine").await;
+    assert_eq!(check(fine, health()).await.code, Code::L7Ok);
+    let other = serve_text("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nunrefined").await;
+    let result = check(other, health()).await;
+    let text = r#"200 OK, but the body does not match "\bfine\b""#;
+    assert_eq!(
+        (result.code, result.text.as_str()),
+        (Code::L7Response, text)
+    );
+}
+
+/// A certificate authority and a certificate of its for `localhost`, in files of their own.
+struct Certificates {
+    dir: PathBuf,
+    server: Arc<rustls::ServerConfig>,
+}
+
+impl Drop for Certificates {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Certificates {
+    /// `strict`: clients must show a certificate of the same authority.
+    fn new(name: &str, strict: bool) -> Self {
+        let dir = std::env::temp_dir().join(format!("slc-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let ca_key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, name.to_owned());
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca = params.self_signed(&ca_key).unwrap();
+        let issuer = Issuer::from_params(&params, &ca_key);
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &issuer).unwrap();
+        fs::write(dir.join("ca"), ca.pem()).unwrap();
+        fs::write(dir.join("cert"), cert.pem()).unwrap();
+        fs::write(dir.join("key"), key.serialize_pem()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let builder = if strict {
+            let mut roots = rustls::RootCertStore::empty();
+            roots.add(ca.der().clone()).unwrap();
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+                Arc::new(roots),
+                provider,
+            );
+            builder.with_client_cert_verifier(verifier.build().unwrap())
+        } else {
+            builder.with_no_client_auth()
+        };
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let server = builder
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        Self {
+            dir,
+            server: Arc::new(server),
+        }
+    }
+
+    /// A server that answers one request over TLS with 200; sends the names it is asked for.
+    async fn serve(&self) -> (SocketAddr, mpsc::UnboundedReceiver<Option<String>>) {
+        let (listener, address) = listen().await;
+        let acceptor = TlsAcceptor::from(self.server.clone());
+        let (names, seen) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    continue;
+                };
+                let name = stream.get_ref().1.server_name().map(str::to_owned);
+                let _ = names.send(name);
+                let mut head = [0; 1024];
+                if stream.read(&mut head).await.is_ok_and(|read| read > 0) {
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+                    let _ = stream.write_all(answer).await;
+                    let _ = stream.shutdown().await;
+                }
+            }
+        });
+        (address, seen)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+}
+
+/// A check with room for a handshake of an unoptimised build.
+fn slow(lines: &str) -> Health {
+    Health {
+        timeout: Duration::from_secs(10),
+        ..parse(lines)
+    }
+}
+
+#[tokio::test]
+async fn https_asks_by_name_and_takes_any_certificate_unless_told() {
+    let certificates = Certificates::new("any", false);
+    let (address, mut names) = certificates.serve().await;
+    let result = check(address, slow("type = \"https\"")).await;
+    assert_eq!((result.code, result.text.as_str()), (Code::L7Ok, "200 OK"));
+    assert_eq!(names.recv().await, Some(None));
+    let result = check(address, slow("type = \"https\"\nhost = \"a.example:8443\"")).await;
+    assert_eq!(result.code, Code::L7Ok);
+    assert_eq!(names.recv().await, Some(Some("a.example".to_owned())));
+    let result = check(address, slow("type = \"tls\"\nsni = \"b.example\"")).await;
+    assert_eq!((result.code, result.text.as_str()), (Code::L6Ok, "TLSv1.3"));
+    assert_eq!(names.recv().await, Some(Some("b.example".to_owned())));
+}
+
+#[tokio::test]
+async fn a_certificate_is_verified_where_an_authority_is_named() {
+    let certificates = Certificates::new("verify", false);
+    let others = Certificates::new("others", false);
+    let (address, _names) = certificates.serve().await;
+    let (ca, other) = (certificates.file("ca"), others.file("ca"));
+    let wrong_name = "the certificate is for another name than sni";
+    let wrong_issuer = "the certificate is of an authority that is not in ca";
+    for (ca, name, code, text) in [
+        (&ca, "localhost", Code::L7Ok, "200 OK"),
+        (&ca, "a.example", Code::L6Response, wrong_name),
+        (&other, "localhost", Code::L6Response, wrong_issuer),
+    ] {
+        let health = slow(&format!(
+            "type = \"https\"\nca = \"{ca}\"\nsni = \"{name}\""
+        ));
+        let result = check(address, health).await;
+        assert_eq!((result.code, result.text.as_str()), (code, text));
+    }
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_shown() {
+    let certificates = Certificates::new("client", true);
+    let (address, _names) = certificates.serve().await;
+    let (cert, key) = (certificates.file("cert"), certificates.file("key"));
+    let health = slow(&format!(
+        "type = \"https\"\ncert = \"{cert}\"\nkey = \"{key}\""
+    ));
+    assert_eq!(check(address, health).await.code, Code::L7Ok);
+    let result = check(address, slow("type = \"https\"")).await;
+    assert!(result.is_failed(), "{result}");
+}
+
+#[tokio::test]
+async fn what_does_not_speak_tls() {
+    let (listener, speaks) = listen().await;
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.write_all(b"SSH-2.0-OpenSSH_9.2p1\r\n").await;
+            open.push(stream);
+        }
+    });
+    // This one waits for the end of a request's head, which does not come.
+    let waits = serve_text("").await;
+    for (address, text) in [
+        (waits, "no TLS handshake in time"),
+        (speaks, "the answer is not TLS"),
+    ] {
+        let result = check(address, parse("type = \"https\"")).await;
+        assert_eq!(
+            (result.code, result.text.as_str()),
+            (Code::L6Response, text)
+        );
+    }
+    let refused = check(closed().await, parse("type = \"https\"")).await;
+    assert_eq!(refused.code, Code::L4Connection);
+}
+
+/// A UDP server that answers each datagram as the function says.
+async fn serve_udp(answer: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static) -> SocketAddr {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 2048];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+            if let Some(answer) = answer(&buffer[..length]) {
+                let _ = socket.send_to(&answer, from).await;
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn datagrams() {
+    let echo = serve_udp(|datagram| Some(datagram.to_vec())).await;
+    let silent = serve_udp(|_| None).await;
+    // Bound and closed again: the kernel answers with port unreachable.
+    let nobody = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let refusing = nobody.local_addr().unwrap();
+    drop(nobody);
+    let bytes = "payload_hex = \"00 ff\"\nexpect_body = '^(?-u:\\x00\\xff)$'";
+    let other = "payload = \"ping\"\nexpect_body = \"pong\"";
+    let patient = "must_answer = false";
+    for (address, lines, code, text) in [
+        (echo, "payload = \"ping\"", Code::L7Ok, "4 bytes"),
+        (echo, bytes, Code::L7Ok, "2 bytes"),
+        (
+            echo,
+            other,
+            Code::L7Response,
+            "the answer does not match \"pong\"",
+        ),
+        (echo, "", Code::L7Ok, "0 bytes"),
+        (silent, "", Code::L7Timeout, "no answer within 150ms"),
+        (silent, patient, Code::L4Ok, "silent, and nobody refused"),
+        (refusing, "", Code::L4Connection, "port unreachable"),
+        (refusing, patient, Code::L4Connection, "port unreachable"),
+    ] {
+        let result = check(address, parse(&format!("type = \"udp\"\n{lines}"))).await;
+        assert_eq!((result.code, result.text.as_str()), (code, text), "{lines}");
+    }
+}
+
+#[tokio::test]
+async fn questions_to_a_name_server() {
+    // Written by hand after RFC 1035, section 4.1: the question comes back with QR and an rcode.
+    let answer = |rcode: u8| {
+        move |question: &[u8]| {
+            let mut answer = question.to_vec();
+            answer[2] |= 0x80;
+            answer[3] = rcode;
+            let asked = b"\x03www\x07example\x03com\0\0\x1c\0\x01";
+            assert_eq!(&question[12..], asked);
+            assert_eq!(question[2] & 1, 1, "recursion is desired");
+            Some(answer)
+        }
+    };
+    let health = |lines: &str| {
+        parse(&format!(
+            "type = \"dns\"\nname = \"www.example.com\"\nrecord = \"AAAA\"\n{lines}"
+        ))
+    };
+    let (good, missing) = (serve_udp(answer(0)).await, serve_udp(answer(3)).await);
+    let garbage = serve_udp(|_| Some(b"no".to_vec())).await;
+    let late = serve_udp(|question| {
+        let mut answer = question.to_vec();
+        answer[0] ^= 1;
+        answer[2] |= 0x80;
+        Some(answer)
+    })
+    .await;
+    let both = "rcode = [\"NOERROR\", \"NXDOMAIN\"]";
+    for (address, lines, code, text) in [
+        (good, "", Code::L7Ok, "NOERROR, 0 records"),
+        (missing, "", Code::L7Status, "NXDOMAIN"),
+        (missing, both, Code::L7Ok, "NXDOMAIN, 0 records"),
+        (garbage, "", Code::L7Response, "the answer is not DNS"),
+        (late, "", Code::L7Timeout, "no answer within 150ms"),
+    ] {
+        let result = check(address, health(lines)).await;
+        assert_eq!((result.code, result.text.as_str()), (code, text), "{lines}");
+    }
+}
+
+/// A gRPC server that answers each request with this message and this status.
+async fn serve_grpc(message: &'static [u8], status: &'static str) -> SocketAddr {
+    let (listener, address) = listen().await;
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let service = service_fn(move |request: hyper::Request<Incoming>| async move {
+                assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+                assert_eq!(request.headers()["content-type"], "application/grpc");
+                let asked = request.into_body().collect().await.unwrap().to_bytes();
+                assert_eq!(&asked[..], b"\0\0\0\0\x05\x0a\x03a.B");
+                let trailers = HeaderMap::from_iter([(
+                    HeaderName::from_static("grpc-status"),
+                    HeaderValue::from_static(status),
+                )]);
+                let frames = [
+                    Frame::data(Bytes::from_static(message)),
+                    Frame::trailers(trailers),
+                ];
+                let frames = frames.map(Ok::<_, Infallible>);
+                let body = StreamBody::new(futures_util::stream::iter(frames));
+                Ok::<_, Infallible>(hyper::Response::new(body))
+            });
+            let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service);
+            tokio::spawn(connection);
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn grpc_servers() {
+    let health = || slow("type = \"grpc\"\nservice = \"a.B\"");
+    let none = "the answer is not a HealthCheckResponse";
+    for (message, status, code, text) in [
+        (&b"\0\0\0\0\x02\x08\x01"[..], "0", Code::L7Ok, "SERVING"),
+        (b"\0\0\0\0\x02\x08\x02", "0", Code::L7Status, "NOT_SERVING"),
+        (b"\0\0\0\0\0", "0", Code::L7Status, "UNKNOWN"),
+        (b"", "5", Code::L7Status, "grpc-status 5"),
+        (b"", "0", Code::L7Response, none),
+    ] {
+        let result = check(serve_grpc(message, status).await, health()).await;
+        assert_eq!((result.code, result.text.as_str()), (code, text));
+    }
+    // Another protocol: whatever it answers to the preface of HTTP/2 is no HTTP/2.
+    let other = serve_text("HTTP/1.1 400 Bad Request\r\n\r\n").await;
+    let result = check(other, health()).await;
+    assert_eq!(result.code, Code::L7Response, "{result}");
+}
+
+/// A check by a shell script; the caller's own user runs it, who need not be root.
+fn script(text: &str) -> Health {
+    let mut health = slow("type = \"exec\"\ncommand = \"/bin/sh\"");
+    if let Check::Exec(exec) = &mut health.check {
+        exec.args = vec!["-c".to_owned(), text.to_owned()];
+        // SAFETY: plain system call.
+        exec.user.uid = unsafe { libc::geteuid() };
+    }
+    health
+}
+
+#[tokio::test]
+async fn commands() {
+    let nowhere = closed().await;
+    for (text, code, expected) in [
+        ("echo all well; echo more", Code::L7Ok, "all well"),
+        ("exit 0", Code::L7Ok, ""),
+        ("echo no room; exit 3", Code::L7Status, "exit 3: no room"),
+        ("kill -9 $$", Code::L7Status, "ended by signal 9"),
+        ("head -c 1000000 /dev/zero", Code::L7Ok, ""),
+        ("echo $(pwd) $HOME$USER $SLUICE_TIMEOUT", Code::L7Ok, "/ 10"),
+    ] {
+        let result = check(nowhere, script(text)).await;
+        assert_eq!(
+            (result.code, result.text.as_str()),
+            (code, expected),
+            "{text}"
+        );
+    }
+    let mut missing = script("");
+    if let Check::Exec(exec) = &mut missing.check {
+        exec.command = "/nowhere/check".into();
+    }
+    let result = check(nowhere, missing).await;
+    assert_eq!(result.code, Code::L7Response);
+    let start = "/nowhere/check cannot be run as nobody: No such file";
+    assert!(result.text.starts_with(start), "{result}");
+}
+
+#[tokio::test]
+async fn a_command_is_told_whom_it_is_about() {
+    let (mut checker, mut results) = Checker::spawn();
+    let text = "echo $SLUICE_BACKEND at $SLUICE_PORT";
+    let mut one = target(1, closed().await, script(text));
+    one.environment = vec![
+        ("SLUICE_BACKEND", "app1".into()),
+        ("SLUICE_PORT", "81".into()),
+    ];
+    checker.set(vec![one]);
+    assert_eq!(next(&mut results).await.1.text, "app1 at 81");
+}
+
+#[tokio::test]
+async fn a_command_that_hangs_is_killed_with_what_it_started() {
+    let file = std::env::temp_dir().join(format!("slc-{}-children", std::process::id()));
+    let mut health = script(&format!(
+        "sleep 1000 & echo $$ $! > {}; wait",
+        file.display()
+    ));
+    health.timeout = Duration::from_secs(1);
+    let result = check(closed().await, health).await;
+    assert_eq!(
+        (result.code, result.text.as_str()),
+        (Code::L7Timeout, "killed after 1s")
+    );
+    let numbers = fs::read_to_string(&file).unwrap();
+    fs::remove_file(&file).unwrap();
+    let numbers: Vec<i32> = numbers
+        .split_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    assert_eq!(numbers.len(), 2);
+    for number in numbers {
+        let gone = async {
+            // A process that only waits to be asked for by its parent has no command line.
+            while fs::read(format!("/proc/{number}/cmdline")).is_ok_and(|line| !line.is_empty()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(DEADLINE, gone).await.expect("the process is gone");
+    }
+}
+
+#[tokio::test]
+async fn the_pace_decides_how_often() {
+    let (_listener, address) = listen().await;
+    let (mut checker, mut results) = Checker::spawn();
+    let mut health = tcp();
+    health.interval = Duration::from_secs(1000);
+    health.fast_interval = Duration::from_millis(1);
+    health.down_interval = Duration::from_secs(1000);
+    checker.set(vec![target(1, address, health)]);
+    next(&mut results).await;
+    // Were it not heeded at once, the next check would be far off.
+    checker.set_pace(&1, Pace::Changing);
+    for _ in 0..5 {
+        next(&mut results).await;
+    }
+    checker.set_pace(&1, Pace::Down);
+    // Results that were on their way may still come, but they end.
+    let rest = async {
+        while timeout(Duration::from_millis(200), results.recv())
+            .await
+            .is_ok()
+        {}
+    };
+    timeout(DEADLINE, rest).await.expect("the checks pause");
 }

@@ -1,7 +1,10 @@
 //! How one backend of one service stands.
 
 use super::CheckResult;
-use crate::config::{self, Check, Health};
+use crate::{
+    config::{self, Check, Start},
+    health::Pace,
+};
 use std::{fmt, time::Instant};
 
 /// What the operator wants of a backend.
@@ -99,14 +102,21 @@ enum Verdict {
     Bad,
 }
 
+impl Verdict {
+    const fn at_start(start: Start) -> Self {
+        match start {
+            Start::Unknown => Self::None,
+            Start::Up => Self::Good,
+            Start::Down => Self::Bad,
+        }
+    }
+}
+
 /// One backend: what is configured, what the operator wants, what the checks and the way to it
 /// say.
 #[derive(Clone, Debug)]
 pub struct Backend {
     config: config::Backend,
-    check: Check,
-    rise: u32,
-    fall: u32,
     admin: Admin,
     verdict: Verdict,
     /// Results in a row that speak against `verdict`.
@@ -120,14 +130,12 @@ pub struct Backend {
 
 impl Backend {
     /// A backend of which nothing is known but the way to it.
-    pub(super) fn new(config: config::Backend, health: &Health, path: Path, now: Instant) -> Self {
+    pub(super) fn new(config: config::Backend, path: Path, now: Instant) -> Self {
+        let verdict = Verdict::at_start(config.health.start);
         let mut backend = Self {
             config,
-            check: health.check.clone(),
-            rise: health.rise,
-            fall: health.fall,
             admin: Admin::Ready,
-            verdict: Verdict::None,
+            verdict,
             against: 0,
             last: None,
             inherited: false,
@@ -172,7 +180,7 @@ impl Backend {
     /// Whether it is to be checked.
     #[must_use]
     pub fn is_checked(&self) -> bool {
-        self.check != Check::None && self.admin != Admin::Maint
+        self.check() != &Check::None && self.admin != Admin::Maint
     }
 
     /// The weight it has by itself: 0 unless it takes new flows. Of a backup that is held back
@@ -204,26 +212,37 @@ impl Backend {
         }
         match &self.last {
             Some(result) => result.to_string(),
-            None if self.check == Check::None => "no check".to_owned(),
+            None if self.check() == &Check::None => "no check".to_owned(),
             None if self.inherited => "not checked since the daemon started".to_owned(),
             None => "not checked yet".to_owned(),
         }
     }
 
-    pub(super) fn configure(&mut self, config: config::Backend, health: &Health, now: Instant) {
-        self.config = config;
-        self.rise = health.rise;
-        self.fall = health.fall;
-        if self.check != health.check {
+    fn check(&self) -> &Check {
+        &self.config.health.check
+    }
+
+    /// How often it is to be checked.
+    #[must_use]
+    pub fn pace(&self) -> Pace {
+        match self.verdict {
+            _ if self.against > 0 || self.last.is_none() => Pace::Changing,
+            Verdict::Bad => Pace::Down,
+            Verdict::None | Verdict::Good => Pace::Steady,
+        }
+    }
+
+    pub(super) fn configure(&mut self, config: config::Backend, now: Instant) {
+        if *self.check() != config.health.check {
             // The verdict stays until the new check contradicts it often enough: a service must not
             // lose all its backends for a moment because its check is edited.
-            if self.check == Check::None {
+            if *self.check() == Check::None {
                 self.verdict = Verdict::Good;
             }
-            self.check = health.check.clone();
             self.against = 0;
             self.last = None;
         }
+        self.config = config;
         self.settle(now);
     }
 
@@ -232,9 +251,9 @@ impl Backend {
             return;
         }
         let (found, needed) = if result.is_ok() {
-            (Verdict::Good, self.rise)
+            (Verdict::Good, self.config.health.rise)
         } else {
-            (Verdict::Bad, self.fall)
+            (Verdict::Bad, self.config.health.fall)
         };
         if found == self.verdict {
             self.against = 0;
@@ -252,7 +271,7 @@ impl Backend {
     pub(super) fn set_admin(&mut self, admin: Admin, now: Instant) {
         if self.admin == Admin::Maint && admin != Admin::Maint {
             // Nobody asked in the meantime, so what was found before counts for nothing.
-            self.verdict = Verdict::None;
+            self.verdict = Verdict::at_start(self.config.health.start);
             self.against = 0;
             self.last = None;
             self.inherited = false;
@@ -267,7 +286,8 @@ impl Backend {
     }
 
     pub(super) fn inherit(&mut self, inherited: Inherited, now: Instant) {
-        if self.verdict == Verdict::None {
+        // Known better than what is only assumed at the start.
+        if self.last.is_none() {
             self.verdict = if inherited.alive {
                 Verdict::Good
             } else {
@@ -283,7 +303,7 @@ impl Backend {
 
     /// Derives the state from all that is known.
     fn settle(&mut self, now: Instant) {
-        let verdict = if self.check == Check::None {
+        let verdict = if *self.check() == Check::None {
             Verdict::Good
         } else {
             self.verdict

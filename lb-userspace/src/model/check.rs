@@ -11,6 +11,10 @@ pub enum Code {
     L4Timeout,
     /// The TCP connection was refused, or there is no way to the backend.
     L4Connection,
+    /// The TLS handshake was made.
+    L6Ok,
+    /// The TLS handshake failed, or did not end in time.
+    L6Response,
     /// The application gave an expected answer.
     L7Ok,
     /// The application did not answer in time.
@@ -23,23 +27,28 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::L4Ok,
         Self::L4Timeout,
         Self::L4Connection,
+        Self::L6Ok,
+        Self::L6Response,
         Self::L7Ok,
         Self::L7Timeout,
         Self::L7Response,
         Self::L7Status,
     ];
 
-    /// The name operators know: `L4OK`, `L4TOUT`, `L4CON`, `L7OK`, `L7TOUT`, `L7RSP`, `L7STS`.
+    /// The name operators know: `L4OK`, `L4TOUT`, `L4CON`, `L6OK`, `L6RSP`, `L7OK`, `L7TOUT`, `L7RSP`,
+    /// `L7STS`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::L4Ok => "L4OK",
             Self::L4Timeout => "L4TOUT",
             Self::L4Connection => "L4CON",
+            Self::L6Ok => "L6OK",
+            Self::L6Response => "L6RSP",
             Self::L7Ok => "L7OK",
             Self::L7Timeout => "L7TOUT",
             Self::L7Response => "L7RSP",
@@ -50,7 +59,7 @@ impl Code {
     /// Whether the check succeeded.
     #[must_use]
     pub const fn is_ok(self) -> bool {
-        matches!(self, Self::L4Ok | Self::L7Ok)
+        matches!(self, Self::L4Ok | Self::L6Ok | Self::L7Ok)
     }
 }
 

@@ -202,12 +202,12 @@ impl Model {
                 };
                 backends.push(match before.remove(&former) {
                     Some(mut kept) => {
-                        kept.configure(backend.clone(), &config.health, now);
+                        kept.configure(backend.clone(), now);
                         kept
                     }
                     None => {
                         let path = self.paths.get(&address.ip()).cloned().unwrap_or_default();
-                        Backend::new(backend.clone(), &config.health, path, now)
+                        Backend::new(backend.clone(), path, now)
                     }
                 });
             }

@@ -1,6 +1,7 @@
 //! The whole balancer, end to end: the real daemon in a network of namespaces, real servers behind
 //! it and real clients before it.
 
+mod checks;
 mod commands;
 mod daemon;
 mod failover;

@@ -26,6 +26,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::fd::AsRawFd as _,
     process::Command,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -264,18 +265,21 @@ fn checks(time: Duration) -> Result<Value> {
     unsafe { libc::listen(listener.as_raw_fd(), 8192) };
     // Until the process ends: it sleeps when nobody comes.
     thread::spawn(move || listener.incoming().for_each(drop));
+    let health = Arc::new(Health {
+        check: Check::Tcp,
+        interval: INTERVAL,
+        fast_interval: INTERVAL,
+        down_interval: INTERVAL,
+        timeout: INTERVAL,
+        ..Health::default()
+    });
     let targets: Vec<Target<u32>> = (0..CHECKED)
         .map(|id| Target {
             id,
             address: SocketAddr::new(Ipv4Addr::from_bits(0x7f00_0001 + id).into(), 80),
             via: None,
-            health: Health {
-                check: Check::Tcp { port: None },
-                interval: INTERVAL,
-                timeout: INTERVAL,
-                rise: 2,
-                fall: 3,
-            },
+            health: health.clone(),
+            environment: Vec::new(),
         })
         .collect();
     let runtime = tokio::runtime::Builder::new_current_thread()
