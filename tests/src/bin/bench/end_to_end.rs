@@ -1,6 +1,6 @@
 //! HTTP through namespaces: no balancer, nftables, nginx, HAProxy and Sluice, one after the other on the same network.
 
-use crate::{Choice, cpu, live, need_sluice, progress, report::Report};
+use crate::{Choice, cpu, live, need_sluice, plot, progress, report::Report};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use sluice_tests::topology::{Options, Topology, VIP4, sluice_bin, wait_until};
@@ -73,6 +73,28 @@ pub fn measure(choice: &Choice) -> Result<Report> {
     }
     live::measure(choice, &mut report)?;
     Ok(report)
+}
+
+/// Pictures of what a request, a connection and a packet take.
+pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
+    let group = |contender: &Contender| plot::Group {
+        label: contender.name().trim_start_matches("http ").to_owned(),
+        values: ["requests", "connections"]
+            .map(|what| {
+                let member = format!("cpu_seconds_per_million_{what}");
+                report.number(&contender.name(), &member)
+            })
+            .to_vec(),
+    };
+    let http = plot::bars(
+        "CPU seconds per million; client, servers and kernel included",
+        &[
+            "requests on kept connections",
+            "requests on new connections",
+        ],
+        &CONTENDERS.iter().map(group).collect::<Vec<_>>(),
+    );
+    vec![("http.svg", http), ("live.svg", live::plot(report))]
 }
 
 /// Requests, connections and latency.

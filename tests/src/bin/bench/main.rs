@@ -9,6 +9,7 @@ mod frame;
 mod live;
 mod machine;
 mod packets;
+mod plot;
 mod report;
 mod wrapper;
 
@@ -77,6 +78,8 @@ struct Measure {
     name: &'static str,
     names: fn(&Choice) -> Vec<String>,
     measure: fn(&Choice) -> Result<Report>,
+    /// Pictures of the results, by file name.
+    plots: fn(&Report) -> Vec<(&'static str, String)>,
 }
 
 const PARTS: [Measure; 4] = [
@@ -85,24 +88,28 @@ const PARTS: [Measure; 4] = [
         name: "packets",
         names: packets::names,
         measure: packets::measure,
+        plots: packets::plots,
     },
     Measure {
         part: Part::EndToEnd,
         name: "end-to-end",
         names: end_to_end::names,
         measure: end_to_end::measure,
+        plots: end_to_end::plots,
     },
     Measure {
         part: Part::ControlPlane,
         name: "control-plane",
         names: control_plane::names,
         measure: control_plane::measure,
+        plots: |_| Vec::new(),
     },
     Measure {
         part: Part::Failover,
         name: "failover",
         names: failover::names,
         measure: failover::measure,
+        plots: |_| Vec::new(),
     },
 ];
 
@@ -156,6 +163,16 @@ fn run(options: &Options) -> Result<()> {
         let report = (one.measure)(&choice)?;
         let file = out.join(format!("{}.json", one.name));
         report.write(&file)?;
+        // Of some cases only, a picture would be of holes.
+        let plots = if choice.only.is_empty() {
+            (one.plots)(&report)
+        } else {
+            Vec::new()
+        };
+        for (name, svg) in plots {
+            let file = out.join(name);
+            fs::write(&file, svg).with_context(|| file.display().to_string())?;
+        }
         if let Some(baseline) = &baseline {
             report.compare(baseline);
         }

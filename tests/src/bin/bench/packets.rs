@@ -7,7 +7,7 @@ use crate::{
     Choice,
     balancer::{self, Balancer, Plan},
     frame::{ACK, Family, Frame, Network, PORT, SYN, Transport},
-    progress,
+    plot, progress,
     report::Report,
     wrapper::{self, Run, Target, Wrapper},
 };
@@ -295,6 +295,63 @@ pub fn measure(choice: &Choice) -> Result<Report> {
     }
     bench.conclude_floors();
     Ok(bench.report)
+}
+
+/// Pictures of the established flows and of the curves.
+pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
+    let mut groups = Vec::new();
+    for (forward, kind) in FORWARD {
+        let by = if forward::translates(*forward) {
+            "round-robin"
+        } else {
+            "maglev"
+        };
+        for family in Family::BOTH {
+            let of = |flows: u32| {
+                let case = format!(
+                    "{kind} {} tcp {by} established {}",
+                    family.name(),
+                    short(flows)
+                );
+                report.number(&case, "min_ns")
+            };
+            groups.push(plot::Group {
+                label: format!("{kind}, {by}, {}", family.name()),
+                values: FULL.flows.iter().map(|flows| of(*flows)).collect(),
+            });
+        }
+    }
+    let floor = report.number("floor tx", "min_ns");
+    groups.push(plot::Group {
+        label: "floor: XDP_TX at once".to_owned(),
+        values: vec![floor, f64::NAN, f64::NAN],
+    });
+    let established = plot::bars(
+        "Established TCP, ns per packet",
+        &["1 flow", "64k flows", "512k flows"],
+        &groups,
+    );
+
+    let mut lines = Vec::new();
+    for kind in ["dsr v4 tcp maglev", "nat v4 tcp round-robin"] {
+        for (what, counts) in [("services", FULL.services), ("backends", FULL.backends)] {
+            let point = |count: &u32| {
+                let ns = report.number(&format!("{kind} {count} {what}"), "min_ns");
+                (f64::from(*count), ns)
+            };
+            let points = counts.iter().map(point).filter(|(_, ns)| ns.is_finite());
+            lines.push(plot::Line {
+                label: format!("{}, {what}", kind.split(' ').next().unwrap_or_default()),
+                points: points.collect(),
+            });
+        }
+    }
+    let curves = plot::lines(
+        "32768 established flows, ns per packet",
+        "number of services (of 4 backends), or of backends (of 1 service)",
+        &lines,
+    );
+    vec![("established.svg", established), ("curves.svg", curves)]
 }
 
 struct Bench {
@@ -805,6 +862,16 @@ impl Bench {
             "rounds": case.times.len(),
             "wrapped": case.wrapped,
         });
+        // What the names of such cases begin with.
+        let mut words = case.name.splitn(5, ' ');
+        if FORWARD
+            .iter()
+            .any(|(_, name)| case.name.starts_with(&format!("{name} ")))
+        {
+            for member in ["forward", "family", "protocol", "scheduler", "what"] {
+                result[member] = json!(words.next());
+            }
+        }
         if let Some(failure) = &case.failure {
             println!("    {failure}");
             result["failure"] = json!(failure);

@@ -31,6 +31,13 @@ impl Report {
         self.rows.push(row);
     }
 
+    /// A number of the result of this name; NaN if there is none.
+    pub fn number(&self, case: &str, member: &str) -> f64 {
+        let row = self.rows.iter().find(|row| row["case"] == case);
+        row.and_then(|row| row.get(member)?.as_f64())
+            .unwrap_or(f64::NAN)
+    }
+
     /// Number of results.
     pub fn len(&self) -> usize {
         self.rows.len()
