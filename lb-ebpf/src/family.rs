@@ -161,21 +161,14 @@ pub trait Family: Sized {
     fn encapsulate(ctx: *mut xdp_md, backend: u32, hash: u32, gue: u32) -> u32;
     /// The source of a packet of this family around another.
     fn encap_source(settings: &Settings, backend: &Backend, hash: u32) -> Self::Addr;
-    /// Writes the header of a packet of this family around another of `payload_len` bytes.
-    fn write_outer(
-        header: Cursor,
-        src: Self::Addr,
-        dst: Self::Addr,
-        protocol: u8,
-        class: u8,
-        payload_len: u32,
-    );
-    /// Writes a whole header without options in front of `payload_len` bytes.
+    /// Writes a whole header without options in front of `payload_len` bytes; `class` is DSCP and
+    /// ECN.
     fn write_header(
         header: Cursor,
         src: Self::Addr,
         dst: Self::Addr,
         protocol: u8,
+        class: u8,
         payload_len: u16,
     );
 
@@ -385,10 +378,12 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age(header: Cursor) {
+        // TTL is the high byte of its 16-bit word: RFC 1141's case, by RFC 1624's equation.
         let hops = Self::hops(header) - 1;
-        let src = header.read_address(offset_of!(Ipv4Hdr, src_addr));
-        let dst = header.read_address(offset_of!(Ipv4Hdr, dst_addr));
-        Self::readdress(header, src, dst, 0, hops);
+        header.write(offset_of!(Ipv4Hdr, ttl), hops);
+        let check: u16 = header.read(offset_of!(Ipv4Hdr, check));
+        let less = !1_u16;
+        header.write(offset_of!(Ipv4Hdr, check), csum::update(check, less));
     }
 
     /// The header's checksum makes its sum a known one.
@@ -408,14 +403,9 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn write_outer(header: Cursor, src: u32, dst: u32, protocol: u8, class: u8, payload_len: u32) {
-        encap::write_outer4(header, src, dst, protocol, class, payload_len);
-    }
-
-    #[inline(always)]
-    fn write_header(header: Cursor, src: u32, dst: u32, protocol: u8, payload_len: u16) {
-        // Version 4, five words; no service class.
-        let first = 0x4500_u16.to_be();
+    fn write_header(header: Cursor, src: u32, dst: u32, protocol: u8, class: u8, payload_len: u16) {
+        // Version 4, five words.
+        let first = u16::from_ne_bytes([0x45, class]);
         let len = (payload_len + Ipv4Hdr::LEN as u16).to_be();
         // Identification 0 with DF set: RFC 6864 section 4.1.
         let fragment = 0x4000_u16.to_be();
@@ -708,21 +698,17 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn write_outer(
+    fn write_header(
         header: Cursor,
         src: [u32; 4],
         dst: [u32; 4],
         protocol: u8,
         class: u8,
-        payload_len: u32,
+        payload_len: u16,
     ) {
-        encap::write_outer6(header, src, dst, protocol, class, payload_len);
-    }
-
-    #[inline(always)]
-    fn write_header(header: Cursor, src: [u32; 4], dst: [u32; 4], protocol: u8, payload_len: u16) {
-        // Version 6; no traffic class, no flow label.
-        header.write(0, 0x6000_0000_u32.to_be());
+        // Version 6; no flow label.
+        let first = 0x6000_0000_u32 | u32::from(class) << 20;
+        header.write(0, first.to_be());
         header.write(offset_of!(Ipv6Hdr, payload_len), payload_len.to_be());
         header.write(offset_of!(Ipv6Hdr, next_hdr), protocol);
         header.write(offset_of!(Ipv6Hdr, hop_limit), HOPS);

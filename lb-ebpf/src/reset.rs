@@ -74,7 +74,7 @@ fn reset<F: Family>(frame: &Frame, link: &parse::Link) -> Option<()> {
     let header = frame.check(link.payload, F::HEADER_LEN + TcpHdr::LEN)?;
     let tcp = header.skip(F::HEADER_LEN);
     rewrite::exchange_link(&link);
-    F::write_header(header, src, dst, protocol::TCP, TcpHdr::LEN as u16);
+    F::write_header(header, src, dst, protocol::TCP, 0, TcpHdr::LEN as u16);
     let data_offset_flags = u16::from_ne_bytes([5 << 4, reply]);
     let pseudo = checksum::pseudo_header(src, dst, protocol::TCP, TcpHdr::LEN as u32);
     let sum = u64::from(pseudo)

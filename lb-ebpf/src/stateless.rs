@@ -56,16 +56,12 @@ pub fn forward<F: Family>(
         return None;
     }
     let ifindex = backend.ifindex;
-    let rewritten = rewrite::redirect(
-        frame,
-        link,
-        packet,
-        number,
-        mode,
-        slot.backend,
-        &backend.l2,
-        flow_hash,
-    );
+    let rewritten = if mode == forward::DSR {
+        rewrite::l2::l2(frame, link, packet, number, &backend.l2)
+    } else {
+        let gue = mode == forward::GUE;
+        rewrite::encap::encap_usual(frame, packet, number, slot.backend, backend, gue, flow_hash)
+    };
     if let Err(dropped) = rewritten {
         return Some(dropped);
     }

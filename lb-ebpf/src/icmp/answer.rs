@@ -102,7 +102,7 @@ fn answer<F: Family>(ctx: *mut xdp_md, reason: u32, mtu: u32) -> Option<()> {
     let header = start.skip((link_len & 0x1f) as usize);
     let header = frame.check(header, growth)?;
     let message_len = Icmpv4Hdr::LEN as u32 + quote_len;
-    F::write_header(header, src, dst, F::ICMP, message_len as u16);
+    F::write_header(header, src, dst, F::ICMP, 0, message_len as u16);
     let icmp = header.skip(F::HEADER_LEN);
     let (kind, rest) = if reason == DropReason::TooBig as u32 {
         (F::TOO_BIG, F::mtu_word(mtu))

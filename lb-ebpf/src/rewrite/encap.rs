@@ -23,7 +23,6 @@ use core::mem::offset_of;
 use lb_common::{abi::Settings, addr::FAMILY_V4, backend::Backend, csum, stats::DropReason};
 use network_types::{
     eth::EthHdr,
-    ip::{Ipv4Hdr, Ipv6Hdr},
     tcp::TcpHdr,
     udp::UdpHdr,
     vlan::VlanHdr,
@@ -44,6 +43,84 @@ pub fn encap<F: Family>(
         0 => Ok(()),
         reason => Err(Verdict::refused(reason as u8, false, service)),
     }
+}
+
+/// As [`encap`] for a packet without VLAN tags, options and extension headers.
+#[inline(always)]
+pub fn encap_usual<F: Family>(
+    frame: &Frame,
+    packet: &Packet<F>,
+    service: u32,
+    number: u32,
+    backend: &Backend,
+    gue: bool,
+    flow_hash: u32,
+) -> Result<(), Verdict> {
+    let Some(settings) = maps::SETTINGS.get(0) else {
+        return encap(frame, packet, service, number, gue, flow_hash);
+    };
+    update_checksum(frame, packet, service, None)?;
+    let header = packet.network.header;
+    let mut inner = Inner {
+        len: packet.packet_len,
+        class: F::class(header),
+        protocol: F::INSIDE,
+        sum: 0,
+    };
+    if gue && backend.family != FAMILY_V4 {
+        if packet.protocol == protocol::UDP && !is_summed(packet) {
+            return encap(frame, packet, service, number, gue, flow_hash);
+        }
+        F::age(header);
+        let pseudo = checksum::pseudo_header(
+            packet.network.src,
+            packet.network.dst,
+            packet.protocol,
+            packet.transport_len,
+        );
+        inner.sum = F::header_sum(header) + u64::from(!pseudo);
+    } else {
+        F::age(header);
+    }
+    let grown = if backend.family == FAMILY_V4 {
+        surround::<V4>(frame.ctx, backend, settings, flow_hash, gue, &inner)
+    } else {
+        surround::<V6>(frame.ctx, backend, settings, flow_hash, gue, &inner)
+    };
+    grown.ok_or(Verdict::drop(DropReason::AdjustFailed, service))
+}
+
+/// Whether the checksum of a UDP packet covers all that follows the network header.
+#[inline(always)]
+fn is_summed<F: Family>(packet: &Packet<F>) -> bool {
+    let len = u16::from_be(packet.transport.read(offset_of!(UdpHdr, len)));
+    packet.transport.read::<u16>(offset_of!(UdpHdr, check)) != 0
+        && u32::from(len) == packet.transport_len
+}
+
+/// Puts Ethernet and outer headers in front of the packet.
+#[inline(always)]
+fn surround<G: Family>(
+    ctx: *mut xdp_md,
+    backend: &Backend,
+    settings: &Settings,
+    hash: u32,
+    gue: bool,
+    inner: &Inner,
+) -> Option<()> {
+    let udp_len = if gue { UdpHdr::LEN } else { 0 };
+    let growth = (G::HEADER_LEN + udp_len) as i32;
+    // SAFETY: a valid context; the frame is taken anew below.
+    if unsafe { bpf_xdp_adjust_head(ctx, -growth) } != 0 {
+        return None;
+    }
+    let frame = Frame::new(ctx);
+    let link = frame.start(EthHdr::LEN + G::HEADER_LEN + UdpHdr::LEN)?;
+    link.write_words(0, &backend.l2);
+    link.write(offset_of!(EthHdr, ether_type), G::ETHERTYPE);
+    let outer = link.skip(EthHdr::LEN);
+    write_headers::<G>(outer, backend, settings, hash, gue, inner);
+    Some(())
 }
 
 /// [`push`] for a client's packet in IPv4: 0, or the number of a drop reason.
@@ -145,16 +222,31 @@ fn push_outer<F: Family, G: Family>(
     let Some(outer) = frame.check(at.skip(2), G::HEADER_LEN + UdpHdr::LEN) else {
         return MALFORMED;
     };
+    write_headers::<G>(outer, backend, settings, hash, gue, &inner);
+    0
+}
+
+/// Writes the outer headers.
+#[inline(always)]
+fn write_headers<G: Family>(
+    outer: Cursor,
+    backend: &Backend,
+    settings: &Settings,
+    hash: u32,
+    gue: bool,
+    inner: &Inner,
+) {
     let source = G::encap_source(settings, backend, hash);
     let destination = lookup::address(&backend.addr);
     if gue {
-        G::write_outer(
+        G::write_header(
             outer,
             source,
             destination,
             protocol::UDP,
             inner.class,
-            inner.len + udp_len,
+            // It fits: the inner packet does, and the MTU is far below.
+            (inner.len + UdpHdr::LEN as u32) as u16,
         );
         write_udp::<G>(
             outer.skip(G::HEADER_LEN),
@@ -162,19 +254,18 @@ fn push_outer<F: Family, G: Family>(
             destination,
             settings.gue_port,
             hash,
-            &inner,
+            inner,
         );
     } else {
-        G::write_outer(
+        G::write_header(
             outer,
             source,
             destination,
             inner.protocol,
             inner.class,
-            inner.len,
+            inner.len as u16,
         );
     }
-    0
 }
 
 /// The VLAN tags, each with the ethertype in front of it, and how many there are. They travel with
@@ -296,31 +387,4 @@ pub fn source6(settings: &Settings, backend: &Backend, hash: u32) -> [u32; 4] {
     }
     let [a, b, c, d] = settings.encap_source6;
     [a, b, c, d | (hash.to_be() & settings.encap_mask6)]
-}
-
-/// The outer IPv4 header. The length fits: the inner packet's does, and the MTU is far below.
-#[inline(always)]
-pub fn write_outer4(header: Cursor, src: u32, dst: u32, protocol: u8, class: u8, len: u32) {
-    <V4 as Family>::write_header(header, src, dst, protocol, len as u16);
-    let word: u16 = header.read(0);
-    header.write(offset_of!(Ipv4Hdr, tos), class);
-    let new: u16 = header.read(0);
-    let check: u16 = header.read(offset_of!(Ipv4Hdr, check));
-    let delta = csum::fold(u64::from(!word) + u64::from(new));
-    header.write(offset_of!(Ipv4Hdr, check), csum::update(check, delta));
-}
-
-/// The outer IPv6 header.
-#[inline(always)]
-pub fn write_outer6(
-    header: Cursor,
-    src: [u32; 4],
-    dst: [u32; 4],
-    protocol: u8,
-    class: u8,
-    len: u32,
-) {
-    <V6 as Family>::write_header(header, src, dst, protocol, len as u16);
-    let first = 0x6000_0000_u32 | u32::from(class) << 20;
-    header.write(offset_of!(Ipv6Hdr, vcf), first.to_be());
 }

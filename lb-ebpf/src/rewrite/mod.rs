@@ -1,7 +1,7 @@
 //! Rewrite: the packet becomes what the next hop shall see. One module for each way to do that.
 
 pub mod encap;
-mod l2;
+pub mod l2;
 mod nat;
 pub mod tags;
 
