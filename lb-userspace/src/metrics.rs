@@ -201,7 +201,7 @@ impl Snapshot {
             .collect();
         traffic(encoder, "backend", &objects)?;
         type Read = fn(&types::Backend) -> Option<f64>;
-        let gauges: [(&str, &str, Read); 6] = [
+        let gauges: [(&str, &str, Read); 7] = [
             (
                 "sluice_backend_active_connections",
                 "Established connections, and UDP flows",
@@ -221,12 +221,17 @@ impl Snapshot {
                 Some(b.weight.into())
             }),
             ("sluice_backend_effective_weight", "Weight in force", |b| {
-                Some(b.effective_weight.into())
+                Some(b.effective_weight)
             }),
+            (
+                "sluice_backend_last_change_timestamp_seconds",
+                "When the state last changed, as Unix time",
+                |b| Some(float(b.last_change)),
+            ),
             (
                 "sluice_backend_check_duration_seconds",
                 "Time the last health check took",
-                |b| b.check_ms.map(|ms| ms / 1000.0),
+                |b| b.check_duration,
             ),
         ];
         for (name, help, value) in gauges {
@@ -236,6 +241,31 @@ impl Snapshot {
                 .filter_map(|b| Some((backend_labels(b), value(b)?)));
             gauge(encoder, (name, help), samples)?;
         }
+        let results = self.backends.iter().filter_map(|backend| {
+            let mut labels = backend_labels(backend);
+            labels.push(("result", backend.check_code.as_deref()?));
+            Some((labels, 1.0))
+        });
+        gauge(
+            encoder,
+            (
+                "sluice_backend_check_result",
+                "1 for the last check's result",
+            ),
+            results,
+        )?;
+        let states = self.backends.iter().flat_map(|backend| {
+            ["up", "down", "starting", "stopping", "unknown"].map(|state| {
+                let mut labels = backend_labels(backend);
+                labels.push(("state", state));
+                (labels, flag(backend.state == state))
+            })
+        });
+        gauge(
+            encoder,
+            ("sluice_backend_state", "1 for the state the backend is in"),
+            states,
+        )?;
         let states = self.backends.iter().flat_map(|backend| {
             ["ready", "drain", "maint"].map(|state| {
                 let mut labels = backend_labels(backend);
@@ -371,6 +401,9 @@ mod tests {
             "sluice_backend_up{service=\"web\",backend=\"app2\",address=\"10.0.0.12:3002\"} 0.0",
             "sluice_backend_weight{service=\"web\",backend=\"app2\",address=\"10.0.0.12:3002\"} 4.0",
             "sluice_backend_effective_weight{service=\"web\",backend=\"app2\",address=\"10.0.0.12:3002\"} 0.0",
+            "sluice_backend_state{service=\"web\",backend=\"app2\",address=\"10.0.0.12:3002\",state=\"down\"} 1.0",
+            "sluice_backend_check_result{service=\"web\",backend=\"app1\",address=\"10.0.0.11:3001\",result=\"L7OK\"} 1.0",
+            "sluice_backend_last_change_timestamp_seconds{service=\"web\",backend=\"app1\",address=\"10.0.0.11:3001\"} 1800000000.0",
             "sluice_backend_admin_state{service=\"web\",backend=\"app1\",address=\"10.0.0.11:3001\",state=\"ready\"} 1.0",
             "sluice_backend_check_duration_seconds{service=\"web\",backend=\"app1\",address=\"10.0.0.11:3001\"} 0.00125",
             "sluice_drop_total{reason=\"no_flow\"} 34567",

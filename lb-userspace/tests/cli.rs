@@ -3,6 +3,7 @@
 use sluice::{
     api::{ConnectionFilter, Control, Failure, Reply, server::Server, types},
     dataplane::Dataplane,
+    model::Admin,
 };
 use std::{
     fs,
@@ -195,6 +196,14 @@ impl Control for Fixed {
 
     async fn status(&self) -> Reply<types::Status> {
         Err(Failure::internal("not asked for here"))
+    }
+
+    async fn set_admin(&self, _: String, _: String, _: Admin) -> Reply<types::Backend> {
+        Err(Failure::refused("not now"))
+    }
+
+    async fn open_flows(&self, _: String, _: String) -> Reply<types::OpenFlows> {
+        Err(Failure::refused("not now"))
     }
 
     async fn stop(&self) -> Reply<()> {

@@ -3,6 +3,7 @@
 //! One connection for each request: a command line asks one or two questions and ends.
 
 use super::types;
+use crate::model::Admin;
 use anyhow::{Context as _, Result, anyhow, bail};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{
@@ -65,6 +66,24 @@ impl Client {
             .await
     }
 
+    /// What the operator wants of a backend: `ready`, `drain` or `maint`.
+    pub async fn set_admin(
+        &self,
+        service: &str,
+        backend: &str,
+        admin: Admin,
+    ) -> Result<types::Backend> {
+        let path = format!("{}/{admin}", backend_path(service, backend));
+        let body = self.request(Method::POST, &path).await?;
+        self.parse(&path, &body)
+    }
+
+    /// The flows of a backend that have not ended.
+    pub async fn open_flows(&self, service: &str, backend: &str) -> Result<types::OpenFlows> {
+        self.get(&format!("{}/flows", backend_path(service, backend)))
+            .await
+    }
+
     /// The flows that match `query`.
     pub async fn connections(
         &self,
@@ -117,7 +136,11 @@ impl Client {
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let body = self.get_bytes(path).await?;
-        serde_json::from_slice(&body).map_err(|error| {
+        self.parse(path, &body)
+    }
+
+    fn parse<T: DeserializeOwned>(&self, path: &str, body: &[u8]) -> Result<T> {
+        serde_json::from_slice(body).map_err(|error| {
             anyhow!(
                 "the daemon on {} answers {path} in a form this version does not know ({error}); \
                  restart it with this version: sluice stop, then sluice run",
@@ -192,6 +215,11 @@ where
     B: Body<Data = Bytes>,
 {
     Ok(body.collect().await?.to_bytes())
+}
+
+fn backend_path(service: &str, backend: &str) -> String {
+    let (service, backend) = (encode(service), encode(backend));
+    format!("/v1/services/{service}/backends/{backend}")
 }
 
 fn connection_path(path: &str, query: &types::ConnectionQuery) -> String {

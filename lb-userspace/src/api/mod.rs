@@ -1,6 +1,7 @@
 //! The HTTP API: one set of types, a server on the control socket and a client for the command
 //! line.
 
+use crate::model::Admin;
 use std::{future::Future, net::IpAddr, str::FromStr};
 
 pub mod client;
@@ -33,6 +34,20 @@ pub trait Control: Send + Sync + 'static {
     fn drops(&self) -> impl Future<Output = Reply<Vec<types::Drops>>> + Send;
     /// The daemon and what it has put into the kernel.
     fn status(&self) -> impl Future<Output = Reply<types::Status>> + Send;
+    /// What the operator wants of a backend, known by its name or its address as listed. Returns when
+    /// new flows follow it.
+    fn set_admin(
+        &self,
+        service: String,
+        backend: String,
+        admin: Admin,
+    ) -> impl Future<Output = Reply<types::Backend>> + Send;
+    /// The flows of a backend that have not ended.
+    fn open_flows(
+        &self,
+        service: String,
+        backend: String,
+    ) -> impl Future<Output = Reply<types::OpenFlows>> + Send;
     /// Ends the daemon; traffic flows on. Returns as soon as the end has begun.
     fn stop(&self) -> impl Future<Output = Reply<()>> + Send;
     /// Reads the configuration file again; returns when it is in force or refused.

@@ -1,6 +1,7 @@
 //! A small daemon's answers, for tests.
 
 use super::{ConnectionFilter, Control, Failure, Reply, types};
+use crate::model::Admin;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 fn traffic(scale: u64) -> types::Traffic {
@@ -52,23 +53,30 @@ pub(crate) fn backends() -> Vec<types::Backend> {
         name: "app1".into(),
         address: "10.0.0.11:3001".into(),
         weight: 6,
-        effective_weight: 6,
+        effective_weight: 6.0,
         admin: "ready".into(),
         state: "up".into(),
         reason: "L7OK 200".into(),
         state_seconds: 185.0,
-        check_ms: Some(1.25),
+        last_change: 1_800_000_000,
+        check_code: Some("L7OK".into()),
+        check_text: Some("200".into()),
+        check_duration: Some(0.00125),
+        agent: Some("100%".into()),
         traffic: traffic(2),
     };
     let app2 = types::Backend {
         name: "app2".into(),
         address: "10.0.0.12:3002".into(),
         weight: 4,
-        effective_weight: 0,
+        effective_weight: 0.0,
         state: "down".into(),
         reason: "L4CON connection refused".into(),
         state_seconds: 7.5,
-        check_ms: None,
+        check_duration: None,
+        check_code: None,
+        check_text: None,
+        agent: None,
         traffic: types::Traffic::default(),
         ..app1.clone()
     };
@@ -77,7 +85,7 @@ pub(crate) fn backends() -> Vec<types::Backend> {
         name: "[2001:db8:1::2]:53".into(),
         address: "[2001:db8:1::2]:53".into(),
         weight: 1,
-        effective_weight: 1,
+        effective_weight: 0.35,
         state: "up".into(),
         reason: "no check".into(),
         ..app2.clone()
@@ -215,6 +223,28 @@ impl Control for Daemon {
 
     async fn status(&self) -> Reply<types::Status> {
         Ok(status())
+    }
+
+    async fn set_admin(
+        &self,
+        service: String,
+        backend: String,
+        admin: Admin,
+    ) -> Reply<types::Backend> {
+        let backends = self.backends(Some(service)).await?;
+        let found = backends
+            .into_iter()
+            .find(|b| b.name == backend || b.address == backend);
+        let mut found = found.unwrap();
+        found.admin = admin.name().to_owned();
+        Ok(found)
+    }
+
+    async fn open_flows(&self, _: String, _: String) -> Reply<types::OpenFlows> {
+        Ok(types::OpenFlows {
+            open: 3,
+            others: false,
+        })
     }
 
     async fn stop(&self) -> Reply<()> {

@@ -4,6 +4,7 @@ use super::{ClientFilter, ConnectionFilter, Control, Failure, Reply, types};
 use crate::{
     config::{BackendSelector, Endpoint, SelectError, ServiceSelector},
     metrics,
+    model::Admin,
 };
 use anyhow::{Context as _, Result, anyhow, bail};
 use axum::{
@@ -48,10 +49,12 @@ const BACKLOG: u32 = 128;
 
 /// Every route but `/metrics`, as the OpenAPI document must list them.
 #[cfg(test)]
-const ROUTES: [(&str, &str); 11] = [
+const ROUTES: [(&str, &str); 13] = [
     ("get", "/v1/services"),
     ("get", "/v1/services/{name}"),
     ("get", "/v1/backends"),
+    ("get", "/v1/services/{name}/backends/{backend}/flows"),
+    ("post", "/v1/services/{name}/backends/{backend}/{admin}"),
     ("get", "/v1/connections"),
     ("get", "/v1/connections/count"),
     ("get", "/v1/drops"),
@@ -247,6 +250,14 @@ fn router<C: Control>(control: Arc<C>) -> Router {
         .route("/v1/services", get(services::<C>))
         .route("/v1/services/{name}", get(service::<C>))
         .route("/v1/backends", get(backends::<C>))
+        .route(
+            "/v1/services/{name}/backends/{backend}/flows",
+            get(open_flows::<C>),
+        )
+        .route(
+            "/v1/services/{name}/backends/{backend}/{admin}",
+            post(set_admin::<C>),
+        )
         .route("/v1/connections", get(connections::<C>))
         .route("/v1/connections/count", get(connection_count::<C>))
         .route("/v1/drops", get(drops::<C>))
@@ -309,6 +320,34 @@ async fn backends<C: Control>(
     let Query(query) = query?;
     let service = service_name(&*control, query.service).await?;
     Ok(Json(control.backends(service).await?))
+}
+
+async fn open_flows<C: Control>(
+    State(control): State<Arc<C>>,
+    path: Result<UrlPath<(String, String)>, PathRejection>,
+) -> Reply<Json<types::OpenFlows>> {
+    let UrlPath((service, backend)) = path?;
+    let (service, backend) = find(&*control, &service, &backend).await?;
+    Ok(Json(control.open_flows(service, backend).await?))
+}
+
+async fn set_admin<C: Control>(
+    State(control): State<Arc<C>>,
+    path: Result<UrlPath<(String, String, String)>, PathRejection>,
+) -> Reply<Json<types::Backend>> {
+    let UrlPath((service, backend, admin)) = path?;
+    let admin: Admin = admin.parse().map_err(Failure::bad_request)?;
+    let (service, backend) = find(&*control, &service, &backend).await?;
+    Ok(Json(control.set_admin(service, backend, admin).await?))
+}
+
+/// The name of a service, and the name or address of one of its backends, from what an operator
+/// calls them.
+async fn find<C: Control>(control: &C, service: &str, backend: &str) -> Reply<(String, String)> {
+    let service = find_service(control.services().await?, service)?.name;
+    let backends = control.backends(Some(service.clone())).await?;
+    let backend = find_backend(&backends, Some(&service), backend)?;
+    Ok((service, backend))
 }
 
 async fn connections<C: Control>(
@@ -854,7 +893,7 @@ mod tests {
 
         let running = Running::start().await;
         for (method, path) in ROUTES.iter().filter(|(method, _)| *method == "get") {
-            let path = path.replace("{name}", "web");
+            let path = path.replace("{name}", "web").replace("{backend}", "app1");
             let (status, body) = running.over_tcp(&method.to_uppercase(), &path).await;
             assert_eq!(status, 200, "{path}: {body}");
         }
@@ -875,6 +914,13 @@ mod tests {
             ("Connection", value(sample::connections())),
             ("Count", value([types::Count { connections: 1 }])),
             ("Drops", value(sample::drops())),
+            (
+                "OpenFlows",
+                value([types::OpenFlows {
+                    open: 1,
+                    others: true,
+                }]),
+            ),
             ("Status", value([&status])),
             ("InterfaceStatus", value(&status.interfaces)),
             ("ProgramStatus", value(&status.programs)),

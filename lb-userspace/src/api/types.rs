@@ -62,8 +62,10 @@ pub struct Backend {
     pub address: String,
     /// Configured weight.
     pub weight: u32,
-    /// Weight in force: 0 unless the backend takes new flows.
-    pub effective_weight: u32,
+    /// Weight in force: 0 unless the backend takes new flows; a fraction where a slow start or its
+    /// agent makes less than 1 of a small one.
+    #[serde(serialize_with = "number")]
+    pub effective_weight: f64,
     /// `ready`, `drain` or `maint`.
     pub admin: String,
     /// `up`, `down`, `starting`, `stopping` or `unknown`.
@@ -72,11 +74,41 @@ pub struct Backend {
     pub reason: String,
     /// Seconds since `state` last changed.
     pub state_seconds: f64,
-    /// Time the last check took, if there was one.
-    pub check_ms: Option<f64>,
+    /// When `state` last changed, as Unix time.
+    pub last_change: u64,
+    /// The last check's result, such as `L7OK`, if there was one.
+    pub check_code: Option<String>,
+    /// What more that check found, if there was one.
+    pub check_text: Option<String>,
+    /// Seconds the last check took, if there was one.
+    pub check_duration: Option<f64>,
+    /// The last line of the agent that is asked beside the check, or why there is none.
+    pub agent: Option<String>,
     /// Counters.
     #[serde(flatten)]
     pub traffic: Traffic,
+}
+
+/// A whole number as an integer.
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes every field so"
+)]
+fn number<S: serde::Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if value.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(value) {
+        serializer.serialize_u32(*value as u32)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}
+
+/// `GET /v1/services/{name}/backends/{backend}/flows`: flows that have not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFlows {
+    /// Flows that neither side has ended.
+    pub open: u64,
+    /// Whether others may belong to the backend that nobody has recorded yet.
+    pub others: bool,
 }
 
 /// `GET /v1/drops`: packets dropped for one reason.

@@ -198,7 +198,7 @@ fn show(service: &types::Service, backends: &[types::Backend], wide: bool, colou
         ];
         if wide {
             row.extend([
-                backend.effective_weight.to_string().into(),
+                super::backend::weight(backend.effective_weight).into(),
                 count(traffic.connections_total).into(),
                 count(traffic.packets_in).into(),
                 count(traffic.packets_out).into(),

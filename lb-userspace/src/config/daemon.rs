@@ -44,6 +44,7 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         "nat_sources",
         "encap_source",
         "gue_port",
+        "on_state_change",
         "local_clients",
         "cgroup",
         "probe_mark",
@@ -104,7 +105,12 @@ pub(super) fn daemon(root: &Section<'_>) -> Result<Daemon, Error> {
         None => Daemon::PROBE_MARK,
         Some(entry) => probe_mark(&entry)?,
     };
+    let on_state_change = match section.get("on_state_change") {
+        None => Vec::new(),
+        Some(entry) => command(&entry)?,
+    };
     Ok(Daemon {
+        on_state_change,
         interfaces,
         mode,
         pin_path,
@@ -251,6 +257,21 @@ fn interface_name(name: &str) -> Option<String> {
         return Some("is not a name of an interface; see \"ip link\" for the names".to_owned());
     }
     None
+}
+
+/// A program and its arguments.
+fn command(entry: &Entry<'_, '_>) -> Result<Vec<String>, Error> {
+    let words = entry.texts("/usr/local/bin/tell")?;
+    let program = words.first().map(|at| at.value).unwrap_or_default();
+    if !program.starts_with('/') {
+        let message =
+            "begins with the absolute path of a program, such as [\"/usr/local/bin/tell\"]";
+        return Err(entry.error(format!("on_state_change {message}")));
+    }
+    if words.iter().any(|at| at.value.contains('\0')) {
+        return Err(entry.error("on_state_change holds a zero byte; remove it"));
+    }
+    Ok(words.into_iter().map(|at| at.value.to_owned()).collect())
 }
 
 fn mode(entry: &Entry<'_, '_>) -> Result<AttachMode, Error> {

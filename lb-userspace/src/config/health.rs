@@ -18,6 +18,8 @@ const TIMEOUT: Duration = Duration::from_millis(500);
 const RISE: u32 = 2;
 const FALL: u32 = 3;
 const COUNT_MAX: u32 = 65_535;
+const FLAP_LIMIT: u32 = 4;
+const FLAP_WINDOW: Duration = Duration::from_secs(600);
 const JITTER: u32 = 10;
 const JITTER_MAX: u32 = 50;
 const STATUS: (u16, u16) = (100, 599);
@@ -49,6 +51,13 @@ pub struct Health {
     pub fall: u32,
     /// What a backend counts as before its first check.
     pub start: Start,
+    /// How often a backend may go down within `flap_window` before `rise` grows; 0: as often as it
+    /// likes.
+    pub flap_limit: u32,
+    /// See `flap_limit`.
+    pub flap_window: Duration,
+    /// How the backend's agent is asked beside the check.
+    pub agent: Option<Arc<Health>>,
 }
 
 impl Default for Health {
@@ -65,6 +74,9 @@ impl Default for Health {
             rise: RISE,
             fall: FALL,
             start: Start::Unknown,
+            flap_limit: FLAP_LIMIT,
+            flap_window: FLAP_WINDOW,
+            agent: None,
         }
     }
 }
@@ -100,6 +112,8 @@ pub enum Check {
     Grpc(Grpc),
     /// A program of the operator's.
     Exec(Box<Exec>),
+    /// A line from the backend's agent.
+    Agent,
 }
 
 /// The request of an HTTP check, and the answer it wants.
@@ -227,6 +241,7 @@ impl Check {
             Self::Dns(_) => Kind::Dns,
             Self::Grpc(_) => Kind::Grpc,
             Self::Exec(_) => Kind::Exec,
+            Self::Agent => Kind::Agent,
         }
         .name()
     }
@@ -243,10 +258,11 @@ enum Kind {
     Dns,
     Grpc,
     Exec,
+    Agent,
 }
 
 impl Kind {
-    const WORDS: [(&'static str, Self); 9] = [
+    const WORDS: [(&'static str, Self); 10] = [
         ("none", Self::None),
         ("tcp", Self::Tcp),
         ("tls", Self::Tls),
@@ -256,6 +272,7 @@ impl Kind {
         ("dns", Self::Dns),
         ("grpc", Self::Grpc),
         ("exec", Self::Exec),
+        ("agent", Self::Agent),
     ];
 
     fn name(self) -> &'static str {
@@ -265,14 +282,14 @@ impl Kind {
             .map_or("", |(word, _)| word)
     }
 
-    fn words() -> [&'static str; 9] {
+    fn words() -> [&'static str; 10] {
         Self::WORDS.map(|(word, _)| word)
     }
 
     /// `a tcp check`, `an http check`.
     fn article(self) -> String {
         let name = self.name();
-        let article = if name.starts_with(['e', 'h']) && self != Self::None {
+        let article = if name.starts_with(['a', 'e', 'h']) && self != Self::None {
             "an"
         } else {
             "a"
@@ -284,7 +301,7 @@ impl Kind {
     const fn connects(self) -> bool {
         matches!(
             self,
-            Self::Tcp | Self::Tls | Self::Http | Self::Https | Self::Grpc
+            Self::Tcp | Self::Tls | Self::Http | Self::Https | Self::Grpc | Self::Agent
         )
     }
 
@@ -296,9 +313,12 @@ impl Kind {
 
 /// Keys that only some checks use, and which.
 const SPECIFIC: [(&str, &[Kind]); 21] = {
-    use Kind::{Dns, Exec, Grpc, Http, Https, Tcp, Tls, Udp};
+    use Kind::{Agent, Dns, Exec, Grpc, Http, Https, Tcp, Tls, Udp};
     [
-        ("port", &[Tcp, Tls, Http, Https, Udp, Dns, Grpc, Exec]),
+        (
+            "port",
+            &[Tcp, Tls, Http, Https, Udp, Dns, Grpc, Exec, Agent],
+        ),
         ("method", &[Http, Https]),
         ("path", &[Http, Https]),
         ("host", &[Http, Https, Grpc]),
@@ -323,7 +343,7 @@ const SPECIFIC: [(&str, &[Kind]); 21] = {
 };
 
 /// Keys that every check uses.
-const GENERAL: [&str; 9] = [
+const GENERAL: [&str; 12] = [
     "type",
     "interval",
     "fast_interval",
@@ -333,6 +353,9 @@ const GENERAL: [&str; 9] = [
     "rise",
     "fall",
     "start",
+    "flap_limit",
+    "flap_window",
+    "agent_port",
 ];
 
 /// The keys of one section `health`.
@@ -369,6 +392,9 @@ pub(super) struct HealthOptions {
     rise: Option<At<u32>>,
     fall: Option<At<u32>>,
     start: Option<At<Start>>,
+    flap_limit: Option<At<u32>>,
+    flap_window: Option<At<Duration>>,
+    agent_port: Option<At<u16>>,
 }
 
 impl HealthOptions {
@@ -460,6 +486,9 @@ impl HealthOptions {
             rise: number("rise", 1, COUNT_MAX)?,
             fall: number("fall", 1, COUNT_MAX)?,
             start: parsed(&section, "start", "unknown", start)?,
+            flap_limit: number("flap_limit", 0, COUNT_MAX)?,
+            flap_window: time("flap_window", "10m")?,
+            agent_port: port("agent_port")?,
         })
     }
 
@@ -504,7 +533,10 @@ impl HealthOptions {
             timeout,
             rise,
             fall,
-            start
+            start,
+            flap_limit,
+            flap_window,
+            agent_port
         )
     }
 
@@ -600,7 +632,7 @@ impl HealthOptions {
             return Err(error(at.offset, message));
         }
         let down_interval = value_or(&self.down_interval, interval);
-        Ok(Health {
+        let health = Health {
             check: self.check(section, kind)?,
             port: self.port.as_ref().map(|at| at.value),
             interval,
@@ -611,7 +643,25 @@ impl HealthOptions {
             rise: value_or(&self.rise, RISE),
             fall: value_or(&self.fall, FALL),
             start: value_or(&self.start, Start::Unknown),
-        })
+            flap_limit: value_or(&self.flap_limit, FLAP_LIMIT),
+            flap_window: value_or(&self.flap_window, FLAP_WINDOW),
+            agent: None,
+        };
+        if let Some(at) = &self.agent_port
+            && kind == Kind::Agent
+        {
+            let message =
+                "agent_port is for an agent beside another check; remove it, port is enough";
+            return Err(error(at.offset, message.to_owned()));
+        }
+        let agent = self.agent_port.as_ref().map(|at| {
+            Arc::new(Health {
+                check: Check::Agent,
+                port: Some(at.value),
+                ..health.clone()
+            })
+        });
+        Ok(Health { agent, ..health })
     }
 
     fn check(&self, section: &Section<'_>, kind: Kind) -> Result<Check, Error> {
@@ -623,6 +673,7 @@ impl HealthOptions {
         Ok(match kind {
             Kind::None => Check::None,
             Kind::Tcp => Check::Tcp,
+            Kind::Agent => Check::Agent,
             Kind::Tls => Check::Tls(self.tls(section, &[])?),
             Kind::Http => Check::Http(Box::new(self.http()), None),
             Kind::Https => Check::Http(

@@ -23,7 +23,7 @@ pub use health::{
 pub use listen::{Endpoint, Listen, Ports};
 pub use select::{BackendSelector, SelectError, ServiceSelector};
 pub use tls::Tls;
-pub use value::{Human, Prefix};
+pub use value::{Human, Prefix, duration};
 
 use read::{Section, Source};
 use std::{
@@ -75,6 +75,8 @@ pub struct Daemon {
     pub encap_source: EncapSource,
     /// UDP port that `gue` sends to.
     pub gue_port: u16,
+    /// Command that is run when the state of a backend changes: program and arguments; empty: none.
+    pub on_state_change: Vec<String>,
     /// Whether clients on this host are led to the services; `None`: if it can be done.
     pub local_clients: Option<bool>,
     /// The cgroup whose processes these clients are; `None`: all of this host.
@@ -149,6 +151,12 @@ pub struct Service {
     pub idle_timeout: Duration,
     /// How long a TCP handshake may take; `None`: as long as the client tries.
     pub connect_timeout: Option<Duration>,
+    /// How long the weight of a backend that comes up takes to rise; zero: it is there at once.
+    pub slow_start: Duration,
+    /// How long the flows of a drained backend may go on; `None`: as long as they like.
+    pub drain_timeout: Option<Duration>,
+    /// Percent of the backends below which those that are down are used too; 0: never.
+    pub panic_threshold: u32,
     /// How long a client returns to its backend after its last flow; zero: not at all.
     pub affinity: Duration,
     /// How many bits of a client's address affinity goes by.
@@ -288,6 +296,19 @@ impl Service {
     #[must_use]
     pub fn listener(&self) -> String {
         format!("{}/{}", self.listen, self.protocol.name())
+    }
+
+    /// In how many parts a weight may be in force: a slow start raises it by twentieths, an agent
+    /// says percents.
+    pub(super) fn weight_parts(&self) -> u32 {
+        let listens = |backend: &Backend| {
+            backend.health.agent.is_some() || backend.health.check == Check::Agent
+        };
+        match self.slow_start {
+            _ if self.backends.iter().any(listens) => 100,
+            Duration::ZERO => 1,
+            _ => 20,
+        }
     }
 
     /// The VIP.

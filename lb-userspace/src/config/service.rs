@@ -17,7 +17,7 @@ const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(60);
 const WEIGHT_MAX: u32 = 65_535;
 
 /// Keys that both a service and `[defaults]` may have.
-const CASCADING: [&str; 16] = [
+const CASCADING: [&str; 17] = [
     "forward",
     "scheduler",
     "track",
@@ -28,6 +28,7 @@ const CASCADING: [&str; 16] = [
     "on_no_backend",
     "slow_start",
     "drain_timeout",
+    "panic_threshold",
     "idle_timeout",
     "connect_timeout",
     "max_new_per_source",
@@ -46,6 +47,9 @@ pub(super) struct Options {
     on_no_backend: Option<At<u8>>,
     idle_timeout: Option<At<Duration>>,
     connect_timeout: Option<At<Duration>>,
+    slow_start: Option<At<Duration>>,
+    drain_timeout: Option<At<Duration>>,
+    panic_threshold: Option<At<u32>>,
     affinity: Option<At<Duration>>,
     affinity_mask4: Option<At<u32>>,
     affinity_mask6: Option<At<u32>>,
@@ -204,6 +208,11 @@ pub(super) fn service(
             ),
             idle_timeout,
             connect_timeout,
+            slow_start: pick(&own.slow_start, &defaults.slow_start)
+                .map_or(Duration::ZERO, |at| at.value),
+            drain_timeout: pick(&own.drain_timeout, &defaults.drain_timeout).map(|at| at.value),
+            panic_threshold: pick(&own.panic_threshold, &defaults.panic_threshold)
+                .map_or(0, |at| at.value),
             affinity,
             affinity_mask: mask.map_or(longest, |at| at.value as u8),
             max_new_per_source,
@@ -396,6 +405,15 @@ impl Options {
                 .transpose()?,
             idle_timeout: time("idle_timeout", "15m")?,
             connect_timeout: time("connect_timeout", "1s")?,
+            slow_start: section
+                .get("slow_start")
+                .map(|entry| Ok(entry.at(any_duration(&entry, "30s")?)))
+                .transpose()?,
+            drain_timeout: time("drain_timeout", "5m")?,
+            panic_threshold: section
+                .get("panic_threshold")
+                .map(|entry| Ok(entry.at(entry.integer(0, 100)?)))
+                .transpose()?,
             affinity: section
                 .get("affinity")
                 .map(|entry| Ok(entry.at(any_duration(&entry, "10m")?)))
@@ -414,16 +432,6 @@ impl Options {
             deny: list("deny", "203.0.113.0/24")?,
             health: HealthOptions::read(section)?,
         };
-        // Each of these is checked, so that a typing mistake is not hidden, and then refused.
-        if let Some(entry) = section.get("slow_start")
-            && !any_duration(&entry, "30s")?.is_zero()
-        {
-            return Err(entry.not_yet("slow_start", "remove it"));
-        }
-        if let Some(entry) = section.get("drain_timeout") {
-            any_duration(&entry, "5m")?;
-            return Err(entry.not_yet("drain_timeout", "remove it"));
-        }
         Ok(options)
     }
 }

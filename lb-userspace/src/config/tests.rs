@@ -45,6 +45,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             nat_sources: Vec::new(),
             encap_source: EncapSource::default(),
             gue_port: 6080,
+            on_state_change: vec![],
             local_clients: None,
             cgroup: None,
             probe_mark: 0x51c0_0000,
@@ -70,6 +71,9 @@ fn the_minimal_example_has_the_documented_defaults() {
             on_backend_down: on_backend_down::KEEP,
             idle_timeout: Duration::from_secs(900),
             connect_timeout: None,
+            slow_start: Duration::ZERO,
+            drain_timeout: None,
+            panic_threshold: 0,
             affinity: Duration::ZERO,
             affinity_mask: 32,
             max_new_per_source: 0,
@@ -116,7 +120,19 @@ fn the_full_example_says_what_it_says() {
             rise: 2,
             fall: 3,
             start: Start::Unknown,
+            flap_limit: 4,
+            flap_window: Duration::from_secs(600),
+            agent: web.health.agent.clone(),
         }
+    );
+    let agent = web.health.agent.as_ref().unwrap();
+    assert_eq!((&agent.check, agent.port), (&Check::Agent, Some(9777)));
+    assert_eq!(web.slow_start, Duration::from_secs(30));
+    assert_eq!(web.drain_timeout, Some(Duration::from_secs(300)));
+    assert_eq!(web.panic_threshold, 0);
+    assert_eq!(
+        config.daemon.on_state_change,
+        ["/usr/local/bin/tell", "--mail"]
     );
     assert_eq!(web.backends[0].health, web.health);
     assert_eq!(web.backends[2].health.port, Some(9090));
@@ -155,23 +171,11 @@ fn equal_files_make_equal_configurations() {
 
 #[test]
 fn every_later_feature_is_refused_by_name() {
-    for (key, complaint) in [
-        (
-            "slow_start = \"30s\"",
-            "slow_start is not supported yet; remove it",
-        ),
-        (
-            "drain_timeout = \"5m\"",
-            "drain_timeout is not supported yet; remove it",
-        ),
-        (
-            "on_backend_down = \"reschedule\"",
-            "on_backend_down \"reschedule\" is not supported yet; use keep or reset",
-        ),
-    ] {
-        let expected = format!("lb.toml:6: service \"web\": {complaint}");
-        assert_eq!(service_error(key), expected);
-    }
+    assert_eq!(
+        service_error("on_backend_down = \"reschedule\""),
+        "lb.toml:6: service \"web\": on_backend_down \"reschedule\" is not supported yet; use keep \
+         or reset"
+    );
 }
 
 /// Services `a`, in line 5, and `b`, in line 9, that listen on the two.
@@ -423,6 +427,18 @@ fn mistakes_in_a_service_name_line_object_and_remedy() {
         (
             "[[service]]\nname = \"b\"",
             "6: service \"b\": listen is missing; write listen =",
+        ),
+        (
+            "[service.health]\ntype = \"agent\"\nport = 1\nagent_port = 2",
+            "9: service \"web\": health: agent_port is for an agent beside another check; remove it",
+        ),
+        (
+            "panic_threshold = 101",
+            "6: service \"web\": panic_threshold 101 is out of range; choose 0 to 100",
+        ),
+        (
+            "drain_timeout = \"0s\"",
+            "6: service \"web\": drain_timeout \"0s\" is no time at all; choose more",
         ),
         (
             "[service.health]\ntype = \"tcp\"\nfast_interval = \"2s\"",

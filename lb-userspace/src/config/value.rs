@@ -24,7 +24,7 @@ const UNITS: [(&str, u64); 5] = [
 ];
 
 /// A duration such as `500ms`, `3s`, `10m` or `1h30m`; at most [`LONGEST`], zero is allowed.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let malformed = || "is not a duration; write it like \"500ms\", \"3s\" or \"10m\"".to_owned();
     let too_long = || format!("is too long; choose at most \"{}\"", Human(LONGEST));
     let mut rest = text;

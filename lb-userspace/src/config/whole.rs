@@ -3,7 +3,10 @@
 use crate::scheduler;
 use lb_common::{
     names::{FORWARD, name_of},
-    service::forward,
+    service::{
+        forward,
+        scheduler::{RANDOM, ROUND_ROBIN},
+    },
 };
 
 use super::{Endpoint, Error, Limits, Listen, Protocol, Service, read::Section, service::Placed};
@@ -198,7 +201,14 @@ fn room(
     let mut total = 0;
     for placed in services {
         let service = &placed.service;
-        let weights: Vec<u32> = service.backends.iter().map(|b| b.weight).collect();
+        let mut weights: Vec<u32> = service.backends.iter().map(|b| b.weight).collect();
+        let parts = service.weight_parts();
+        let is_cycle = [ROUND_ROBIN, RANDOM].contains(&service.scheduler);
+        if is_cycle && parts > 1 && !weights.is_empty() {
+            // While one of them is in force in part, the cycle has a turn for each of the parts.
+            weights.iter_mut().for_each(|weight| *weight *= parts);
+            weights.push(1);
+        }
         let slots = scheduler::slots(service.scheduler, &weights)
             .map_err(|error| refuse(root, service, placed.name, &error.to_string()))?;
         total += u64::from(slots);

@@ -4,6 +4,7 @@ use super::{Daemon, Job};
 use crate::{
     api::{ConnectionFilter, Control, Failure, Reply, types},
     dataplane::Maps,
+    model::Admin,
 };
 use std::path::PathBuf;
 use tokio::sync::{mpsc, oneshot};
@@ -77,6 +78,28 @@ impl Control for Handle {
         // Counting the entries walks the maps.
         status.maps = beside(move || Ok(Maps::open(&pins)?.status()?)).await?;
         Ok(status)
+    }
+
+    async fn set_admin(
+        &self,
+        service: String,
+        backend: String,
+        admin: Admin,
+    ) -> Reply<types::Backend> {
+        self.ask(move |daemon| daemon.set_admin(&service, &backend, admin))
+            .await
+    }
+
+    async fn open_flows(&self, service: String, backend: String) -> Reply<types::OpenFlows> {
+        let question = self
+            .ask(move |daemon| daemon.open_flows(&service, &backend))
+            .await?;
+        let (names, number, sees_replies, others) = question;
+        let open = match number {
+            Some(number) => beside(move || names.open(number, sees_replies)).await?,
+            None => 0,
+        };
+        Ok(types::OpenFlows { open, others })
     }
 
     async fn stop(&self) -> Reply<()> {

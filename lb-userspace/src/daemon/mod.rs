@@ -6,19 +6,23 @@
 //! beside the task.
 
 mod control;
+mod hook;
 mod probes;
 mod start;
 mod views;
 
 use crate::{
-    api::Failure,
-    config::{self, Check, Config, Endpoint, Listen, Ports, environment},
+    api::{Failure, types},
+    config::{self, Check, Config, Endpoint, Health, Listen, Ports, environment},
     dataplane::{self, Dataplane},
     flows::{self, Flows, Sweep, Timeouts},
     health::{Checker, Target},
-    model::{BackendKey, Change, CheckResult, Model, Path as Way, ServiceKey, State},
+    model::{
+        Admin, Backend, BackendKey, Change, CheckResult, Model, Path as Way, ServiceKey, State,
+    },
     neigh::{self, Neighbours, NextHop, Resolution},
     reconcile::{self, Hop, Reconciler, apply},
+    scheduler,
 };
 use anyhow::{Context as _, Result};
 use lb_common::{
@@ -39,6 +43,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task::JoinHandle,
+    time::MissedTickBehavior,
 };
 use tracing::{debug, error, info, warn};
 
@@ -48,6 +53,8 @@ use probes::Probes;
 
 /// Shortest time from one sweep of the flow tables to the next.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often weights that rise and times that end are looked at.
+const TICK: Duration = Duration::from_millis(100);
 /// A sweep may take one part in this many of the time.
 const SWEEP_SHARE: u32 = 10;
 /// How long the flows of a backend that was removed from the configuration may go on.
@@ -68,7 +75,8 @@ struct Daemon {
     dataplane: Dataplane,
     model: Model,
     reconciler: Reconciler,
-    checker: Checker<BackendKey>,
+    checker: Checker<CheckKey>,
+    hook: hook::Hook,
     probes: Probes,
     neighbours: Neighbours,
     /// The way to each address, as the data plane needs it.
@@ -89,9 +97,17 @@ struct Daemon {
     ended: bool,
 }
 
+/// Which check a result is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct CheckKey {
+    backend: BackendKey,
+    /// Whether it is the agent's, beside the check.
+    agent: bool,
+}
+
 /// Where events come from.
 struct Events {
-    results: mpsc::Receiver<(BackendKey, CheckResult)>,
+    results: mpsc::Receiver<(CheckKey, CheckResult)>,
     ways: mpsc::Receiver<(IpAddr, Resolution)>,
     local: watch::Receiver<Arc<HashSet<IpAddr>>>,
     jobs: mpsc::Receiver<Job>,
@@ -109,6 +125,8 @@ impl Daemon {
         let mut hangup = signal(SignalKind::hangup())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweeper = Sweeper::Resting(
             Flows::new(&self.dataplane.maps)?,
             tokio::time::Instant::now() + SWEEP_INTERVAL,
@@ -126,6 +144,7 @@ impl Daemon {
                 }
                 _ = terminate.recv() => self.ended = true,
                 _ = interrupt.recv() => self.ended = true,
+                _ = ticks.tick() => self.tick(),
                 () = sweeper.turn() => {
                     sweeper = self.sweep_turn(sweeper).await?;
                 }
@@ -150,11 +169,111 @@ impl Daemon {
         }
     }
 
-    fn checked(&mut self, key: BackendKey, result: CheckResult) {
-        let change = self.model.check_result(key, result, Instant::now());
+    fn checked(&mut self, key: CheckKey, result: CheckResult) {
+        let CheckKey { backend, agent } = key;
+        let now = Instant::now();
+        let change = if agent {
+            self.model.agent_result(backend, &result, now)
+        } else {
+            self.model.check_result(backend, result, now)
+        };
+        let rewatch = change.is_some_and(|change| change.admin.0 != change.admin.1);
         self.note(change);
-        if let Some(backend) = self.model.backend(key) {
+        if rewatch {
+            // In maintenance nobody asks but the agent.
+            self.watch_backends();
+        }
+        if !agent && let Some(backend) = self.model.backend(backend) {
             self.checker.set_pace(&key, backend.pace());
+        }
+    }
+
+    /// Time went by.
+    fn tick(&mut self) {
+        for change in self.model.tick(Instant::now()) {
+            self.note(Some(change));
+        }
+    }
+
+    /// What the operator wants of a backend; new flows follow it when this returns.
+    fn set_admin(
+        &mut self,
+        service: &str,
+        backend: &str,
+        admin: Admin,
+    ) -> Result<types::Backend, Failure> {
+        let (key, _) = self.find(service, backend)?;
+        let change = self.model.set_admin(key, admin, Instant::now());
+        self.note(change);
+        self.watch_backends();
+        self.dirty.insert(key.service);
+        self.judge_panics();
+        self.reconcile_dirty()?;
+        let address = Endpoint(key.address).to_string();
+        let views = self.backend_views(Some(service))?;
+        let view = views.into_iter().find(|view| view.address == address);
+        view.ok_or_else(|| Failure::internal(format!("backend {backend:?} is gone")))
+    }
+
+    /// The backend of the service called `service` that is listed with this name or address.
+    fn find(&self, service: &str, backend: &str) -> Result<(BackendKey, &Backend), Failure> {
+        let services = self.model.services().iter();
+        let mut of_name = services.filter(|s| s.config.name == service);
+        let found = of_name.next().and_then(|service| {
+            let is_meant = |b: &&Backend| {
+                b.config().name == backend || Endpoint(b.config().address).to_string() == backend
+            };
+            let backend = service.backends.iter().find(is_meant)?;
+            let key = BackendKey {
+                service: service.key(),
+                address: backend.config().address,
+            };
+            Some((key, backend))
+        });
+        found.ok_or_else(|| {
+            Failure::not_found(format!(
+                "service {service:?}: backend {backend:?} is not configured; it may be on its way \
+                 out, see: sluice backend list {service}"
+            ))
+        })
+    }
+
+    /// What is needed to count the flows of a backend beside this task: the flow tables, its number
+    /// if it has any flow, whether its answers pass here, and whether others may belong to it.
+    fn open_flows(
+        &self,
+        service: &str,
+        backend: &str,
+    ) -> Result<(views::FlowNames, Option<u32>, bool, bool), Failure> {
+        let (key, _) = self.find(service, backend)?;
+        let number = self.reconciler.backend_number(&key.service, &key.address);
+        let number = number.filter(|number| {
+            let load = self.dataplane.maps.backend_load.read(*number);
+            load.active + load.inactive > 0
+        });
+        let services = self.model.services().iter();
+        let sees_replies = services
+            .filter(|service| service.key() == key.service)
+            .any(|service| forward::translates(service.config.forward));
+        let others = self.reconciler.remembers(&key.service, &key.address);
+        Ok((self.flow_names()?, number, sees_replies, others))
+    }
+
+    /// Uses all backends of services that have too few healthy ones, and says so.
+    fn judge_panics(&mut self) {
+        for key in self.dirty.clone() {
+            let (is, was) = self.model.judge_panic(key, Instant::now());
+            let name = self.service_name(key);
+            match (was, is) {
+                (false, true) => warn!(
+                    "service {name}: fewer backends are up than panic_threshold says; those that \
+                     are down are used as well"
+                ),
+                (true, false) => {
+                    info!("service {name}: enough backends are up again; only these are used");
+                }
+                _ => {}
+            }
         }
     }
 
@@ -248,7 +367,8 @@ impl Daemon {
             return;
         };
         self.dirty.insert(change.backend.service);
-        if change.from == change.to {
+        let (admin_before, admin) = change.admin;
+        if change.from == change.to && admin_before == admin {
             return;
         }
         let Some(backend) = self.model.backend(change.backend) else {
@@ -256,18 +376,36 @@ impl Daemon {
         };
         let service = self.service_name(change.backend.service);
         let (name, address) = (&backend.config().name, change.backend.address);
-        let address = Endpoint(address).to_string();
-        let name = if *name == address {
+        let listed = Endpoint(address).to_string();
+        let shown = if *name == listed {
             name.clone()
         } else {
-            format!("{name} ({address})")
+            format!("{name} ({listed})")
         };
         let (from, to, reason) = (change.from.name(), change.to.name(), backend.reason());
-        if change.to == State::Down {
-            warn!("service {service}: backend {name} is {to}, was {from}: {reason}");
+        if admin_before != admin {
+            info!(
+                "service {service}: backend {shown} is in {admin}, was in {admin_before}; it is {to}: \
+                 {reason}"
+            );
+        } else if change.to == State::Down {
+            warn!("service {service}: backend {shown} is {to}, was {from}: {reason}");
         } else {
-            info!("service {service}: backend {name} is {to}, was {from}: {reason}");
+            info!("service {service}: backend {shown} is {to}, was {from}: {reason}");
         }
+        let environment = vec![
+            ("SLUICE_SERVICE", service),
+            ("SLUICE_BACKEND", name.clone()),
+            ("SLUICE_ADDRESS", address.ip().to_string()),
+            ("SLUICE_PORT", address.port().to_string()),
+            ("SLUICE_STATE", to.to_owned()),
+            ("SLUICE_STATE_BEFORE", from.to_owned()),
+            ("SLUICE_ADMIN", admin.to_string()),
+            ("SLUICE_ADMIN_BEFORE", admin_before.to_string()),
+            ("SLUICE_REASON", reason),
+        ];
+        let command = &self.config.daemon.on_state_change;
+        self.hook.tell(command, environment);
     }
 
     fn service_name(&self, key: ServiceKey) -> String {
@@ -285,14 +423,19 @@ impl Daemon {
 
     /// Makes the maps of every service that was touched what the model says.
     fn reconcile(&mut self) {
-        if self.dirty.is_empty() {
-            return;
-        }
-        let dirty = std::mem::take(&mut self.dirty);
-        if let Err(error) = self.reconcile_services(|key| dirty.contains(&key), &[]) {
+        self.judge_panics();
+        if let Err(error) = self.reconcile_dirty() {
             // The old tables are live. What is wished is tried again with the next change.
             error!("{error:#}");
         }
+    }
+
+    fn reconcile_dirty(&mut self) -> Result<()> {
+        if self.dirty.is_empty() {
+            return Ok(());
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        self.reconcile_services(|key| dirty.contains(&key), &[])
     }
 
     fn reconcile_services(
@@ -405,6 +548,8 @@ impl Daemon {
             .filter(|key| !keys.contains(key))
             .collect();
         self.judge_all();
+        self.touch_all();
+        self.judge_panics();
         self.reconcile_services(|_| true, &removed)?;
         self.dirty.clear();
         self.announce_settings(settings)?;
@@ -524,7 +669,7 @@ impl Daemon {
     /// Tells checks and neighbours which backends there are.
     fn watch_backends(&mut self) {
         let ways = self.ways_of_checks();
-        let targets = self
+        let targets: Vec<Target<CheckKey>> = self
             .model
             .services()
             .iter()
@@ -533,8 +678,7 @@ impl Daemon {
                 service
                     .backends
                     .iter()
-                    .filter(|backend| backend.is_checked())
-                    .map(|backend| {
+                    .flat_map(|backend| {
                         let id = BackendKey {
                             service: key,
                             address: backend.config().address,
@@ -543,13 +687,23 @@ impl Daemon {
                             Check::Exec(_) => environment(&service.config, backend.config()),
                             _ => Vec::new(),
                         };
-                        Target {
-                            id,
-                            address: backend.config().address,
-                            health: backend.config().health.clone(),
-                            via: ways.get(&id).copied(),
-                            environment,
-                        }
+                        let target = |agent, health: &Arc<Health>| Target {
+                            id: CheckKey { backend: id, agent },
+                            address: id.address,
+                            health: health.clone(),
+                            via: ways.get(&id).copied().filter(|_| !agent),
+                            environment: if agent {
+                                Vec::new()
+                            } else {
+                                environment.clone()
+                            },
+                        };
+                        let health = &backend.config().health;
+                        let check = backend.is_checked().then(|| target(false, health));
+                        let agent = health.agent.as_ref().filter(|_| backend.has_agent());
+                        check
+                            .into_iter()
+                            .chain(agent.map(|agent| target(true, agent)))
                     })
                     .collect::<Vec<_>>()
             })
@@ -696,7 +850,7 @@ impl Daemon {
                 && !self.reconciler.remembers(&service, &address);
             // At least one whole sweep, so that a flow that was just being placed is counted.
             let settled = self.retiring.contains_key(&(service, address));
-            if settled && drained || begun.elapsed() >= DRAIN_TIMEOUT {
+            if settled && drained || begun.elapsed() >= self.drain_timeout(service) {
                 let name = self.service_name(service);
                 info!(
                     "service {name}: backend {} is gone, its last flow has ended",
@@ -715,6 +869,14 @@ impl Daemon {
             error!("{error:#}");
         }
         self.watch_backends();
+    }
+
+    /// How long flows of a backend that was removed may go on.
+    fn drain_timeout(&self, service: ServiceKey) -> Duration {
+        let mut services = self.model.services().iter();
+        let service = services.find(|s| s.key() == service);
+        let configured = service.and_then(|service| service.config.drain_timeout);
+        configured.unwrap_or(DRAIN_TIMEOUT)
     }
 
     /// Warns of full tables and exhausted ports, at a bounded rate.
@@ -833,16 +995,48 @@ fn wanted(
         backends: service
             .backends
             .iter()
-            .zip(service.weights())
-            .map(|(backend, weight)| reconcile::Backend {
-                address: backend.config().address,
-                weight,
-                configured_weight: backend.config().weight,
-                max_connections: backend.config().max_connections,
-                alive: backend.may_keep_flows(),
-            })
+            .zip(shares(service))
+            .map(
+                |(backend, (weight, configured_weight))| reconcile::Backend {
+                    address: backend.config().address,
+                    weight,
+                    configured_weight,
+                    max_connections: backend.config().max_connections,
+                    alive: backend.may_keep_flows(),
+                },
+            )
             .collect(),
     }
+}
+
+/// The weight in force and the configured one of each backend, in whole numbers that stand to each
+/// other as the weights do.
+fn shares(service: &crate::model::Service) -> Vec<(u32, u32)> {
+    let configured = service.backends.iter().map(|b| b.config().weight * 100);
+    let weights: Vec<(u32, u32)> = service
+        .weights()
+        .map(crate::model::Weight::hundredths)
+        .zip(configured)
+        .collect();
+    let all = || {
+        weights
+            .iter()
+            .flat_map(|(weight, configured)| [*weight, *configured])
+    };
+    if all().all(|weight| weight % 100 == 0) {
+        let whole = |(weight, configured): (u32, u32)| (weight / 100, configured / 100);
+        return weights.into_iter().map(whole).collect();
+    }
+    // Small numbers make short tables; and none must be larger than a configured one may be.
+    let common = all().fold(0, scheduler::common_divisor).max(1);
+    let largest = all().max().unwrap_or(0) / common;
+    let divisor = common * largest.div_ceil(u32::from(u16::MAX)).max(1);
+    let share = |weight: u32| match weight {
+        0 => 0,
+        weight => (weight / divisor).max(1),
+    };
+    let small = |(weight, configured)| (share(weight), share(configured));
+    weights.into_iter().map(small).collect()
 }
 
 /// The first `bits` of an address of the family of `vip`, as the data plane has them.

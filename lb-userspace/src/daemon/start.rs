@@ -1,6 +1,6 @@
 //! From a configuration file to a daemon that serves.
 
-use super::{Daemon, Events, control::Handle, probes::Probes};
+use super::{Daemon, Events, control::Handle, hook::Hook, probes::Probes};
 use crate::{
     api::server::Server,
     config::{self, Config},
@@ -135,6 +135,7 @@ async fn prepare(
         model,
         reconciler,
         checker,
+        hook: Hook::spawn(),
         probes: Probes::default(),
         neighbours,
         hops: HashMap::new(),
@@ -175,6 +176,8 @@ async fn prepare(
         .service_ids()
         .filter(|key| !keys.contains(key))
         .collect();
+    daemon.touch_all();
+    daemon.judge_panics();
     daemon.reconcile_services(|_| true, &removed)?;
     daemon.dirty.clear();
     daemon.warn_of_taken_ports();

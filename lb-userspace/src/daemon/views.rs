@@ -9,10 +9,15 @@ use crate::{
 };
 use anyhow::Result;
 use lb_common::{
+    flow::state::is_over,
     names,
     stats::{Counters, DropReason},
 };
-use std::{collections::HashMap, net::SocketAddr};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    time::{Instant, SystemTime},
+};
 
 impl Daemon {
     pub(super) fn service_views(&self) -> Result<Vec<types::Service>> {
@@ -71,19 +76,25 @@ impl Daemon {
                     }
                     None => types::Traffic::default(),
                 };
+                let check = backend.last_check();
                 views.push(types::Backend {
                     service: service.config.name.clone(),
                     name: backend.config().name.clone(),
                     address: Endpoint(address).to_string(),
                     weight: backend.config().weight,
-                    effective_weight,
+                    effective_weight: effective_weight.as_f64(),
                     admin: backend.admin().name().to_owned(),
                     state: backend.state().name().to_owned(),
                     reason: backend.reason(),
                     state_seconds: backend.since().elapsed().as_secs_f64(),
-                    check_ms: backend
-                        .last_check()
-                        .map(|check| check.duration.as_secs_f64() * 1e3),
+                    last_change: unix_time(backend.since()),
+                    check_code: check.map(|check| check.code.name().to_owned()),
+                    check_text: check.map(|check| check.text.clone()),
+                    check_duration: check.map(|check| check.duration.as_secs_f64()),
+                    agent: backend.last_agent().map(|said| match said.report {
+                        Some(_) => said.text.clone(),
+                        None => said.to_string(),
+                    }),
                     traffic,
                 });
             }
@@ -110,12 +121,16 @@ impl Daemon {
             name: Endpoint(address).to_string(),
             address: Endpoint(address).to_string(),
             weight: 0,
-            effective_weight: 0,
+            effective_weight: 0.0,
             admin: Admin::Drain.name().to_owned(),
             state: State::Stopping.name().to_owned(),
             reason: "removed from the configuration; its last flows may end".to_owned(),
             state_seconds: since.map_or(0.0, |since| since.elapsed().as_secs_f64()),
-            check_ms: None,
+            last_change: since.map_or_else(|| unix_time(Instant::now()), |since| unix_time(*since)),
+            check_code: None,
+            check_text: None,
+            check_duration: None,
+            agent: None,
             traffic: types::Traffic {
                 active_connections: load.active,
                 inactive_connections: load.inactive,
@@ -203,6 +218,15 @@ impl Daemon {
     }
 }
 
+/// A moment as seconds since 1970.
+fn unix_time(moment: Instant) -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since
+        .unwrap_or_default()
+        .saturating_sub(moment.elapsed())
+        .as_secs()
+}
+
 fn traffic(counters: &Counters) -> types::Traffic {
     types::Traffic {
         active_connections: 0,
@@ -250,6 +274,18 @@ impl FlowNames {
             true
         })?;
         Ok(count)
+    }
+
+    /// How many flows of the backend with this number have not ended; `sees_replies`: whether what
+    /// it answers passes here.
+    pub(super) fn open(&self, backend: u32, sees_replies: bool) -> Result<u64> {
+        let mut open = 0;
+        self.flows.each(|flow| {
+            let ours = flow.backend_number == backend && !is_over(flow.state, sees_replies);
+            open += u64::from(ours);
+            true
+        })?;
+        Ok(open)
     }
 
     fn passes(&self, filter: &ConnectionFilter, flow: &Connection) -> bool {

@@ -55,6 +55,7 @@ impl Pins {
 
     fn daemon(&self, interfaces: &[&str]) -> Daemon {
         Daemon {
+            on_state_change: Vec::new(),
             interfaces: interfaces.iter().map(|i| (*i).to_owned()).collect(),
             mode: AttachMode::Auto,
             pin_path: self.0.clone(),

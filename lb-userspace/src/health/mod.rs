@@ -3,6 +3,7 @@
 //! What results mean for a backend (rise, fall, states) is the model's business, not decided here.
 //! See `docs/health-checks.md`.
 
+mod agent;
 mod connect;
 mod dns;
 pub(crate) mod exec;
@@ -221,6 +222,9 @@ impl Running {
             rise: 0,
             fall: 0,
             start: Start::Unknown,
+            flap_limit: 0,
+            flap_window: Duration::ZERO,
+            agent: None,
             ..health.clone()
         };
         self.address == target.address

@@ -1,9 +1,12 @@
 //! One check: what is asked, and what the answer is called.
 
-use super::{Via, connect, dns, exec, grpc, http, tls, udp};
+use super::{Via, agent, connect, dns, exec, grpc, http, tls, udp};
 use crate::{
     config::{Check, Dns, Exec, Health, Tls, Udp},
-    model::check::{CheckResult, Code},
+    model::{
+        agent::Report,
+        check::{CheckResult, Code},
+    },
 };
 use std::{error::Error, io, net::SocketAddr, time::Duration};
 use tokio::time::{Instant, timeout_at};
@@ -24,6 +27,7 @@ enum Question {
     Dns(Dns),
     Grpc(grpc::Question),
     Exec(Box<Exec>, Vec<(&'static str, String)>),
+    Agent,
     /// The configured request cannot be made, for this reason.
     Wrong(String),
 }
@@ -55,6 +59,7 @@ impl Probe {
                 Err(wrong) => Question::Wrong(wrong),
             },
             Check::Exec(exec) => Question::Exec(exec.clone(), environment.to_vec()),
+            Check::Agent => Question::Agent,
         };
         Self {
             address,
@@ -72,8 +77,29 @@ impl Probe {
     /// Runs the check; an error means that this host could not, whatever the backend's state.
     pub(super) async fn run(&self, started: Instant) -> io::Result<CheckResult> {
         let deadline = started + self.timeout;
-        let (code, text) = self.ask(deadline).await?;
-        Ok(CheckResult::new(code, text, started.elapsed()))
+        let (code, text, report) = match self.question {
+            Question::Agent => self.ask_agent(deadline).await?,
+            _ => {
+                let (code, text) = self.ask(deadline).await?;
+                (code, text, None)
+            }
+        };
+        Ok(CheckResult {
+            report,
+            ..CheckResult::new(code, text, started.elapsed())
+        })
+    }
+
+    /// Agents sit at the backend's own address, whatever the way of the traffic.
+    async fn ask_agent(&self, deadline: Instant) -> io::Result<(Code, String, Option<Report>)> {
+        match timeout_at(deadline, connect::tcp(self.address, None)).await {
+            Ok(Ok(stream)) => Ok(agent::ask(stream, deadline, self.timeout).await),
+            Ok(Err(error)) => connect::failed(error).map(|(code, text)| (code, text, None)),
+            Err(_) => {
+                let text = format!("no connection within {:?}", self.timeout);
+                Ok((Code::L4Timeout, text, None))
+            }
+        }
     }
 
     async fn ask(&self, deadline: Instant) -> Outcome {

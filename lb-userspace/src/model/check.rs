@@ -1,5 +1,6 @@
 //! The result of one health check, named as operators know it from HAProxy.
 
+use super::agent::Report;
 use std::{fmt, time::Duration};
 
 /// What a health check found: the layer it reached, and how it ended there.
@@ -78,6 +79,8 @@ pub struct CheckResult {
     pub text: String,
     /// Time the check took.
     pub duration: Duration,
+    /// What the backend's agent said, if that was asked.
+    pub report: Option<Report>,
 }
 
 impl CheckResult {
@@ -88,6 +91,7 @@ impl CheckResult {
             code,
             text: text.into(),
             duration,
+            report: None,
         }
     }
 

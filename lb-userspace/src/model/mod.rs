@@ -4,12 +4,14 @@
 //! with the time they happened, and answers for each backend how it stands and which weight it has
 //! in force. It does nothing itself and asks no clock.
 
+pub mod agent;
 pub mod backend;
 pub mod check;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Admin, Backend, Inherited, Path, State};
+use backend::Rules;
+pub use backend::{Admin, Backend, Inherited, Path, State, Weight};
 pub use check::{CheckResult, Code};
 
 use crate::config::{self, Listen, Ports, Protocol};
@@ -95,6 +97,8 @@ pub struct Change {
     pub from: State,
     /// State after; equal to `from` if only the weight in force changed.
     pub to: State,
+    /// What the operator, or the agent, wanted before and wants after.
+    pub admin: (Admin, Admin),
 }
 
 /// A service and its backends.
@@ -104,6 +108,8 @@ pub struct Service {
     pub config: config::Service,
     /// The backends, in the order of the configuration.
     pub backends: Vec<Backend>,
+    /// Whether backends that are down are used too, because too few others are left.
+    panics: bool,
 }
 
 impl Service {
@@ -114,13 +120,15 @@ impl Service {
     }
 
     /// The weight in force of each backend: 0 for a backup while another takes new flows.
-    pub fn weights(&self) -> impl Iterator<Item = u32> + '_ {
+    pub fn weights(&self) -> impl Iterator<Item = Weight> + '_ {
         let is_primary = |b: &&Backend| !b.config().backup;
         let primaries = self.backends.iter().filter(is_primary);
-        let in_reserve = primaries.map(Backend::effective_weight).any(|w| w > 0);
+        let in_reserve = primaries
+            .map(Backend::effective_weight)
+            .any(|weight| weight > Weight::ZERO);
         self.backends.iter().map(move |backend| {
             if in_reserve && backend.config().backup {
-                0
+                Weight::ZERO
             } else {
                 backend.effective_weight()
             }
@@ -132,7 +140,7 @@ impl Service {
     pub fn backends_up(&self) -> usize {
         self.backends
             .iter()
-            .filter(|backend| backend.effective_weight() > 0)
+            .filter(|backend| backend.effective_weight() > Weight::ZERO)
             .count()
     }
 }
@@ -148,6 +156,8 @@ pub struct Model {
     /// The way to each address. Known apart from the backends, because what is known of it is told
     /// only once, and a backend may be added later.
     paths: HashMap<IpAddr, Path>,
+    /// Whether there was a configuration before.
+    begun: bool,
 }
 
 impl Model {
@@ -163,6 +173,14 @@ impl Model {
         let old: Vec<ServiceKey> = self.services.iter().map(Service::key).collect();
         let new: Vec<ServiceKey> = services.iter().map(ServiceKey::from).collect();
         let continued = successions(&old, &new);
+        // What the daemon begins with may have served until now; what is added later is cold.
+        let warm = !std::mem::replace(&mut self.begun, true);
+        let panicking: HashSet<ServiceKey> = self
+            .services
+            .iter()
+            .filter(|service| service.panics)
+            .map(Service::key)
+            .collect();
         let mut before: HashMap<BackendKey, Backend> = std::mem::take(&mut self.services)
             .into_iter()
             .flat_map(|service| {
@@ -189,6 +207,10 @@ impl Model {
         self.sharing.clear();
         for (index, config) in services.iter().enumerate() {
             let service = ServiceKey::from(config);
+            let rules = Rules {
+                slow_start: config.slow_start,
+                drain_timeout: config.drain_timeout,
+            };
             let mut backends = Vec::with_capacity(config.backends.len());
             for (position, backend) in config.backends.iter().enumerate() {
                 let address = backend.address;
@@ -202,18 +224,19 @@ impl Model {
                 };
                 backends.push(match before.remove(&former) {
                     Some(mut kept) => {
-                        kept.configure(backend.clone(), now);
+                        kept.configure(backend.clone(), rules, now);
                         kept
                     }
                     None => {
                         let path = self.paths.get(&address.ip()).cloned().unwrap_or_default();
-                        Backend::new(backend.clone(), path, now)
+                        Backend::new(backend.clone(), rules, path, warm, now)
                     }
                 });
             }
             self.services.push(Service {
                 config: config.clone(),
                 backends,
+                panics: panicking.contains(&service),
             });
         }
     }
@@ -263,6 +286,48 @@ impl Model {
         now: Instant,
     ) -> Option<Change> {
         self.change(key, |backend| backend.check_result(result, now))
+    }
+
+    /// The agent of `key` was asked beside the check.
+    pub fn agent_result(
+        &mut self,
+        key: BackendKey,
+        result: &CheckResult,
+        now: Instant,
+    ) -> Option<Change> {
+        self.change(key, |backend| backend.agent_result(result, now))
+    }
+
+    /// Time went by: weights rise, and the time for flows of drained backends ends.
+    pub fn tick(&mut self, now: Instant) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for service in &mut self.services {
+            let key = service.key();
+            for backend in &mut service.backends {
+                changes.extend(change(key, backend, |backend| backend.tick(now)));
+            }
+        }
+        changes
+    }
+
+    /// Uses all backends of `key` while fewer of them are up than its `panic_threshold` says;
+    /// returns whether that is so, and whether it was.
+    pub fn judge_panic(&mut self, key: ServiceKey, now: Instant) -> (bool, bool) {
+        let Some(service) = self.services.iter_mut().find(|s| s.key() == key) else {
+            return (false, false);
+        };
+        let threshold = u64::from(service.config.panic_threshold);
+        let healthy: Vec<bool> = service
+            .backends
+            .iter()
+            .filter_map(Backend::health)
+            .collect();
+        let up = healthy.iter().filter(|up| **up).count() as u64;
+        let panics = up * 100 < threshold * healthy.len() as u64;
+        for backend in &mut service.backends {
+            backend.press(panics, now);
+        }
+        (panics, std::mem::replace(&mut service.panics, panics))
     }
 
     /// The operator's will for `key`.
@@ -324,7 +389,10 @@ fn change(
     backend: &mut Backend,
     event: impl FnOnce(&mut Backend),
 ) -> Option<Change> {
-    let outside = |b: &Backend| (b.state(), b.effective_weight(), b.may_keep_flows());
+    let outside = |b: &Backend| {
+        let weight = b.effective_weight();
+        (b.state(), b.admin(), weight, b.may_keep_flows())
+    };
     let before = outside(backend);
     event(backend);
     let after = outside(backend);
@@ -335,5 +403,6 @@ fn change(
         },
         from: before.0,
         to: after.0,
+        admin: (before.1, after.1),
     })
 }

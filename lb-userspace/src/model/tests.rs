@@ -15,6 +15,7 @@ listen = "198.51.100.10:80"
 type = "tcp"
 rise = 2
 fall = 3
+flap_limit = 0
 [[service.backend]]
 name = "a"
 address = "10.0.0.11:80"
@@ -75,7 +76,7 @@ fn stands(model: &Model, key: BackendKey) -> (State, u32, bool, String) {
     let backend = model.backend(key).unwrap();
     (
         backend.state(),
-        backend.effective_weight(),
+        backend.effective_weight().hundredths() / 100,
         backend.may_keep_flows(),
         backend.reason(),
     )
@@ -272,9 +273,9 @@ fn only_backends_that_take_flows_have_a_weight() {
     let weights: Vec<u32> = service
         .backends
         .iter()
-        .map(Backend::effective_weight)
+        .map(|backend| backend.effective_weight().hundredths())
         .collect();
-    assert_eq!(weights, [6, 0]);
+    assert_eq!(weights, [600, 0]);
 }
 
 /// What rise and fall mean, said another way: the last run of equal results that was long enough
@@ -342,7 +343,7 @@ proptest! {
         let (mut admin, mut path, mut asked) = (Admin::Ready, Path::Open, Vec::new());
         for (second, event) in (1..).zip(events) {
             let now = start + Duration::from_secs(second);
-            let before = stands(&model, a());
+            let (before, was) = (stands(&model, a()), admin);
             let change = match event {
                 Event::Check(good) => {
                     if admin != Admin::Maint {
@@ -376,7 +377,7 @@ proptest! {
             prop_assert!(after.2 || after.1 == 0, "new flows, but none may stay");
             // A change is told exactly if something is seen from outside.
             let seen = (before.0, before.1, before.2) != (after.0, after.1, after.2);
-            prop_assert_eq!(change.is_some(), seen);
+            prop_assert_eq!(change.is_some(), seen || was != admin);
             let since = model.backend(a()).unwrap().since();
             prop_assert_eq!(since == now, before.0 != after.0);
             prop_assert!(!after.3.is_empty());
@@ -457,7 +458,12 @@ fn a_backup_takes_new_flows_only_while_no_other_backend_does() {
         model.set_path(address, Path::Open, |_| None, now);
     }
     let b = key(80, "10.0.0.12:80");
-    let weights = |model: &Model| model.services()[0].weights().collect::<Vec<_>>();
+    let weights = |model: &Model| {
+        let weights = model.services()[0].weights();
+        weights
+            .map(|weight| weight.hundredths() / 100)
+            .collect::<Vec<_>>()
+    };
     model.check_result(b, result(true), now);
     assert_eq!(weights(&model), [0, 4], "nothing is known of the other yet");
     model.check_result(a(), result(true), now);
@@ -472,4 +478,171 @@ fn a_backup_takes_new_flows_only_while_no_other_backend_does() {
     assert_eq!(weights(&model), [6, 0]);
     model.set_admin(a(), Admin::Drain, now);
     assert_eq!(weights(&model), [0, 4], "a drained one takes no new flows");
+}
+
+/// The model of a service with these keys and these of its check, its backends' ways known, and
+/// what of it the daemon begins with up.
+fn begun(keys: &str, health: &str, now: Instant) -> Model {
+    let text = TEXT
+        .replacen("[service.health]", &format!("{keys}\n[service.health]"), 1)
+        .replacen("flap_limit = 0", health, 1);
+    let mut model = Model::new();
+    model.configure(&config(&text).services, now);
+    for address in model.addresses() {
+        model.set_path(address, Path::Open, |_| None, now);
+    }
+    model.check_result(a(), result(true), now);
+    model
+}
+
+fn hundredths(model: &Model, key: BackendKey) -> u32 {
+    model.backend(key).unwrap().effective_weight().hundredths()
+}
+
+#[test]
+fn a_backend_that_comes_back_starts_slowly_and_none_at_the_daemons_start() {
+    let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let mut model = begun("slow_start = \"20s\"", "", now);
+    assert_eq!(hundredths(&model, a()), 600, "the daemon begins with it");
+
+    for _ in 0..3 {
+        model.check_result(a(), result(false), at(1));
+    }
+    for _ in 0..2 {
+        model.check_result(a(), result(true), at(100));
+    }
+    // Twentieths of 6, the first at once.
+    assert_eq!(hundredths(&model, a()), 30);
+    let mut seen = vec![];
+    for second in 100..130 {
+        model.tick(at(second));
+        seen.push(hundredths(&model, a()));
+    }
+    let expected = (1..=20).chain([20; 10]).map(|twentieths| 30 * twentieths);
+    assert_eq!(seen, expected.collect::<Vec<_>>());
+    assert_eq!(model.tick(at(200)), []);
+
+    // Drained in the middle and made ready again, it begins anew.
+    model.set_admin(a(), Admin::Drain, at(200));
+    assert_eq!(hundredths(&model, a()), 0);
+    model.set_admin(a(), Admin::Ready, at(201));
+    assert_eq!(hundredths(&model, a()), 30);
+    assert_eq!(model.tick(at(206)).len(), 1, "the maps have to follow");
+    assert_eq!(hundredths(&model, a()), 180);
+    // What was not there when the daemon began is cold as well.
+    let text = TEXT.replace(
+        "weight = 4\n",
+        "weight = 4\n[[service.backend]]\naddress = \"10.0.0.14\"\n",
+    );
+    let text = text.replacen(
+        "[service.health]",
+        "slow_start = \"20s\"\n[service.health]",
+        1,
+    );
+    model.configure(&config(&text).services, at(300));
+    let added = key(80, "10.0.0.14:80");
+    model.set_path(added.address.ip(), Path::Open, |_| None, at(300));
+    model.check_result(added, result(true), at(300));
+    assert_eq!(hundredths(&model, added), 5);
+}
+
+#[test]
+fn flows_of_a_drained_backend_end_when_their_time_is_over() {
+    let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let mut model = begun("drain_timeout = \"10s\"", "", now);
+    let keeps = |model: &Model| model.backend(a()).unwrap().may_keep_flows();
+    model.set_admin(a(), Admin::Drain, at(5));
+    assert_eq!(model.tick(at(14)), []);
+    assert!(keeps(&model));
+    assert_eq!(model.tick(at(15)).len(), 1);
+    assert!(!keeps(&model));
+    assert_eq!(model.tick(at(16)), []);
+    model.set_admin(a(), Admin::Ready, at(17));
+    assert!(keeps(&model));
+}
+
+#[test]
+fn a_backend_that_flaps_has_to_prove_itself() {
+    let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let mut model = begun("", "flap_limit = 2\nflap_window = \"60s\"", now);
+    let up = |model: &Model| stands(model, a()).0 == State::Up;
+    let mut round = |second: u64| {
+        model.tick(at(second));
+        for _ in 0..3 {
+            model.check_result(a(), result(false), at(second));
+        }
+        assert!(!up(&model));
+        let mut needed = 0;
+        while !up(&model) {
+            model.check_result(a(), result(true), at(second));
+            needed += 1;
+        }
+        needed
+    };
+    assert_eq!([round(1), round(2), round(3), round(4)], [2, 4, 8, 16]);
+    for second in 5..9 {
+        round(second);
+    }
+    assert_eq!(round(9), 64, "that much, and no more");
+    assert_eq!(round(59), 64);
+    // A quiet minute later only the last fall counts, and the new one.
+    assert_eq!(round(100), 4);
+}
+
+#[test]
+fn too_few_healthy_backends_are_helped_by_the_others() {
+    let now = Instant::now();
+    let b = key(80, "10.0.0.12:80");
+    for (threshold, panics) in [(0, false), (50, false), (51, true), (100, true)] {
+        let mut model = begun(&format!("panic_threshold = {threshold}"), "", now);
+        model.check_result(b, result(false), now);
+        assert_eq!(
+            model.judge_panic(b.service, now),
+            (panics, false),
+            "{threshold}"
+        );
+        assert_eq!(stands(&model, b).0, State::Down);
+        assert_eq!(hundredths(&model, b), if panics { 400 } else { 0 });
+        assert_eq!(model.backend(b).unwrap().may_keep_flows(), panics);
+        // One that is drained on purpose is not missed.
+        model.set_admin(b, Admin::Drain, now);
+        assert_eq!(model.judge_panic(b.service, now), (false, panics));
+        assert_eq!(hundredths(&model, b), 0);
+        assert_eq!(hundredths(&model, a()), 600);
+    }
+}
+
+#[test]
+fn the_agent_sets_weight_admin_and_state() {
+    let now = Instant::now();
+    let mut model = begun("", "agent_port = 9000", now);
+    let mut say = |line: &str| {
+        let heard = CheckResult {
+            report: line.parse().ok(),
+            ..CheckResult::new(Code::L7Ok, line, Duration::ZERO)
+        };
+        model.agent_result(a(), &heard, now);
+        let backend = model.backend(a()).unwrap();
+        let weight = backend.effective_weight().hundredths();
+        (backend.admin(), backend.state(), weight)
+    };
+    let (ready, up) = (Admin::Ready, State::Up);
+    assert_eq!(say("75%"), (ready, up, 450));
+    assert_eq!(say("no idea"), (ready, up, 450), "nothing is heard");
+    assert_eq!(say("drain"), (Admin::Drain, up, 0));
+    assert_eq!(say("50%"), (Admin::Drain, up, 0));
+    assert_eq!(say("ready"), (ready, up, 300));
+    assert_eq!(say("down # disk full"), (ready, State::Down, 0));
+    assert_eq!(say("up"), (ready, up, 600));
+    assert_eq!(say("maint"), (Admin::Maint, State::Unknown, 0));
+    // What was found before the maintenance counts for nothing after it.
+    assert_eq!(say("up"), (ready, State::Starting, 0));
+    model.check_result(a(), result(true), now);
+    assert_eq!(hundredths(&model, a()), 600);
+    // The operator's word goes first.
+    model.set_admin(a(), Admin::Drain, now);
+    assert_eq!(model.backend(a()).unwrap().admin(), Admin::Drain);
 }

@@ -100,6 +100,15 @@ pub fn slots(scheduler: u8, configured_weights: &[u32]) -> Result<u32, Error> {
     }
 }
 
+/// The greatest number that divides both; the other if one is 0.
+#[must_use]
+pub const fn common_divisor(mut a: u32, mut b: u32) -> u32 {
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,6 @@
 //! `round-robin`: slots in turn, smoothly interleaved by weight.
 
-use super::{Error, Member, ROUND_ROBIN_SLOTS_MAX, smooth};
+use super::{Error, Member, ROUND_ROBIN_SLOTS_MAX, common_divisor, smooth};
 
 /// The sequence of one full cycle, in which every backend comes up exactly as often as its weight
 /// says.
@@ -28,13 +28,7 @@ pub(super) fn slots(weights: &[u32]) -> Result<u32, Error> {
 
 /// The greatest common divisor of all weights; 0 if all are 0.
 fn divisor(weights: &[u32]) -> u32 {
-    weights.iter().fold(0, |mut a, &weight| {
-        let mut b = weight;
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    })
+    weights.iter().copied().fold(0, common_divisor)
 }
 
 #[cfg(test)]

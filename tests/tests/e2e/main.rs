@@ -9,6 +9,7 @@ mod flows;
 mod listeners;
 mod local;
 mod local_clients;
+mod maintenance;
 mod modes;
 mod nexthops;
 mod path_mtu;
