@@ -6,4 +6,5 @@ pub mod harness;
 pub mod model;
 pub mod oracle;
 pub mod packet;
+mod read;
 pub mod topology;

@@ -2,6 +2,9 @@
 //!
 //! Seeded, so a failure repeats. `SLUICE_MODEL_CASES` sets the number of sequences.
 
+#[path = "model/guided.rs"]
+mod guided;
+
 use lb_common::{
     flow::state,
     names,
@@ -18,8 +21,8 @@ use sluice_tests::{
     oracle,
     packet::{
         BACKEND_1, BACKEND_2, BACKEND_3, BALANCER, CLIENT, CLIENT_2, Checksum, DESTINATION_OPTIONS,
-        Family, GATEWAY, HOP_BY_HOP, Host, Packet, STRANGER, Transport, VIP, VIP_2, ping,
-        transport,
+        Family, GATEWAY, HOP_BY_HOP, Host, Packet, STRANGER, Transport, VIP, VIP_2,
+        ones_complement_sum, ping, transport,
     },
 };
 use std::{
@@ -74,8 +77,35 @@ enum Event {
         keep: u8,
         ttl: u8,
     },
+    /// A packet of a flow, chosen as above, with bytes changed behind its Ethernet addresses: its
+    /// client's, or an answer. Whatever it now is, if it is still sound.
+    Changed {
+        flow: u16,
+        answer: bool,
+        changes: Vec<(u8, u8)>,
+        dress: Dress,
+    },
     /// Time passes.
     Age,
+}
+
+impl Event {
+    /// Its kind.
+    const fn word(&self) -> &'static str {
+        match self {
+            Self::Client { .. } => "client",
+            Self::More { .. } => "more",
+            Self::Reply { .. } => "reply",
+            Self::Stray { .. } => "stray",
+            Self::Ping { .. } => "ping",
+            Self::Malformed { .. } => "malformed",
+            Self::Backend { .. } => "backend",
+            Self::Replace { .. } => "replace",
+            Self::Error { .. } => "error",
+            Self::Changed { .. } => "changed",
+            Self::Age => "age",
+        }
+    }
 }
 
 /// What a packet looks like beside its addresses.
@@ -332,6 +362,10 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(flow, about_answer, kind, keep, ttl)| {
                 Event::Error { flow, about_answer, kind, keep, ttl }
             }),
+        2 => (flow(), any::<bool>(), proptest::collection::vec((12u8..90, any::<u8>()), 1..3), dress(&[ACK, SYN, SYN | ACK]))
+            .prop_map(|(flow, answer, changes, dress)| {
+                Event::Changed { flow, answer, changes, dress }
+            }),
         3 => Just(Event::Age),
     ]
 }
@@ -426,6 +460,26 @@ fn damage(packet: &Packet, kind: u8) -> Vec<u8> {
     frame
 }
 
+/// The packet that `packet` becomes with bytes changed, if it is still one of TCP or UDP that says
+/// nothing but what the model understands.
+fn changed(packet: &Packet, changes: &[(u8, u8)]) -> Option<Packet> {
+    let mut frame = packet.build();
+    for (at, value) in changes {
+        *frame.get_mut(usize::from(*at))? = *value;
+    }
+    // Nobody who forwards a packet looks at this sum; whoever sent it had it right.
+    let ip = packet.l2_len();
+    if packet.family == Family::V4 {
+        frame[ip + 10..ip + 12].fill(0);
+        let end = ip + usize::from(frame[ip] & 15) * 4;
+        let sum = !ones_complement_sum(0, frame.get(ip..end)?);
+        frame[ip + 10..ip + 12].copy_from_slice(&sum.to_be_bytes());
+    }
+    let packet = Packet::read(&frame)?;
+    let host = |ip: IpAddr| !ip.is_loopback() && !ip.is_multicast() && !ip.is_unspecified();
+    (host(packet.src) && host(packet.dst)).then_some(packet)
+}
+
 /// Two flows of a client would have met at a backend in `dnat`.
 const ANOTHER_PORT: &str = "another source port in dnat";
 /// An error that reached the end of a flow.
@@ -437,6 +491,16 @@ const LATER_FRAGMENT: &str = "a later fragment";
 type Reached = BTreeMap<String, u64>;
 
 fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<(), TestCaseError> {
+    follow(setup, events, reached, &mut Vec::new())
+}
+
+/// As [`check`]; `trail` gets a word for what became of each event.
+fn follow(
+    setup: &Setup,
+    events: &[Event],
+    reached: &RefCell<Reached>,
+    trail: &mut Vec<String>,
+) -> Result<(), TestCaseError> {
     let reach = |what: &str| *reached.borrow_mut().entry(what.to_owned()).or_default() += 1;
     let mut balancer = balancer(setup);
     let mut model = Model::new(&balancer);
@@ -570,10 +634,36 @@ fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<
                     prop_assert!(difference.is_empty(), "{}:\n{}", what(), difference);
                 }
                 prop_assert_eq!(&real.counts, &expected.counts, "the counters of {}", what());
+                trail.push(format!("{} {family:?} {:?}", event.word(), real.verdict));
                 if real.verdict == Verdict::Tx {
                     reach(CARRIED_ERROR);
                 }
                 continue;
+            }
+            Event::Changed {
+                flow,
+                answer,
+                changes,
+                dress,
+            } => {
+                let n = usize::from(*flow);
+                let tuple = match (model.is_empty(), answer) {
+                    (true, _) => {
+                        let (family, protocol, host, port) = TARGETS[n % TARGETS.len()];
+                        let from = (CLIENT.ip(family), 40000);
+                        (family, protocol, from, (host.ip(family), port))
+                    }
+                    (_, true) => model.reply_tuple(n % model.len()),
+                    _ => model.client_tuple(n % model.len()),
+                };
+                let (family, protocol, from, to) = tuple;
+                let packet = transport(family, protocol)
+                    .from(from.0, from.1)
+                    .to(to.0, to.1);
+                match changed(&dress.on(packet), changes) {
+                    Some(packet) => packet,
+                    None => continue,
+                }
             }
             Event::Age => {
                 balancer.age_flows(AGE);
@@ -599,6 +689,14 @@ fn check(setup: &Setup, events: &[Event], reached: &RefCell<Reached>) -> Result<
             prop_assert!(difference.is_empty(), "{}:\n{}", what(), difference);
         }
         prop_assert_eq!(&real.counts, &expected.counts, "the counters of {}", what());
+        trail.push(format!(
+            "{} {:?} {} {:?} {:?}",
+            event.word(),
+            packet.family,
+            packet.protocol(),
+            real.verdict,
+            real.counts.drops.keys().collect::<Vec<_>>(),
+        ));
         reach(&format!("{:?}", real.verdict));
         if packet.piece() == Some(false) && real.verdict == Verdict::Tx {
             reach(LATER_FRAGMENT);

@@ -64,6 +64,12 @@ fn contradicting_headers_are_dropped_and_counted() {
             V4,
             damaged(&segment(V4), 16, &[0xff, 0xff]),
         ),
+        // The frame goes on behind the packet, with what would be a fragment header.
+        (
+            "fragment header behind the packet",
+            V6,
+            damaged(&datagram(V6).fragment(9, false), 18, &[0, 7]),
+        ),
         ("total length one beyond the frame", V4, {
             let len = segment(V4).ip_len() as u16 + 1;
             damaged(&segment(V4), 16, &len.to_be_bytes())
