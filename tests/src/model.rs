@@ -866,13 +866,7 @@ impl Model {
             }
             scheduler::RANDOM => {
                 // A free choice, if one of the backends was chosen that may be.
-                let first = self.first_backend[number as usize - 1];
-                let unreachable = real.counts.drops.contains_key("no_neighbour");
-                let may_be = |index: &&usize| {
-                    let number = first + **index as u32;
-                    real.counts.backends.contains_key(&number)
-                        || unreachable && !service.backends[**index].resolved
-                };
+                let may_be = |index: &&usize| self.ends_so(number, **index, packet, real);
                 *table.iter().find(may_be).unwrap_or(&table[0])
             }
             _ => table[by_hash(flow_hash(packet))],
@@ -881,6 +875,34 @@ impl Model {
             return self.least_loaded(number);
         }
         Ok(picked)
+    }
+
+    /// Whether a new flow to this backend may end as it really did.
+    fn ends_so(&self, number: u32, index: usize, packet: &Packet, real: &Outcome) -> bool {
+        let service = &self.services[number as usize - 1];
+        let backend = &service.backends[index];
+        let counted = self.first_backend[number as usize - 1] + index as u32;
+        if real.counts.backends.contains_key(&counted) {
+            return true;
+        }
+        let dropped = |reason: DropReason| real.counts.drops.contains_key(reason.name());
+        let itself = service.forward == forward::DNAT && backend.ip == packet.src;
+        let port = match backend.port {
+            0 => packet.dport,
+            port => port,
+        };
+        match backend.resolved {
+            false => dropped(DropReason::NoNeighbour),
+            true if itself => dropped(DropReason::Hairpin),
+            true if dropped(DropReason::PortExhausted) => {
+                let to = (backend.ip, port);
+                matches!(
+                    self.source_port(packet, service.forward, to, real),
+                    Ok(None)
+                )
+            }
+            true => dropped(DropReason::TooBig) || dropped(DropReason::TtlExceeded),
+        }
     }
 
     /// The next of `len` turns of a service.
