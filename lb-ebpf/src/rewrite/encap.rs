@@ -21,12 +21,7 @@ use crate::{
 use aya_ebpf::{bindings::xdp_md, helpers::bpf_xdp_adjust_head};
 use core::mem::offset_of;
 use lb_common::{abi::Settings, addr::FAMILY_V4, backend::Backend, csum, stats::DropReason};
-use network_types::{
-    eth::EthHdr,
-    tcp::TcpHdr,
-    udp::UdpHdr,
-    vlan::VlanHdr,
-};
+use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr, vlan::VlanHdr};
 
 /// Puts the packet, whose flow has this hash, into another one for a backend.
 #[inline(always)]
