@@ -5,6 +5,7 @@
 //! events came in the meantime. Whatever takes long (listing or sweeping the flow tables) runs
 //! beside the task.
 
+mod commands;
 mod control;
 mod hook;
 mod probes;
@@ -205,6 +206,9 @@ impl Daemon {
         let (key, _) = self.find(service, backend)?;
         let change = self.model.set_admin(key, admin, Instant::now());
         self.note(change);
+        if let Err(error) = self.keep_commands() {
+            warn!("what is commanded will be forgotten when the daemon restarts: {error}");
+        }
         self.watch_backends();
         self.dirty.insert(key.service);
         self.judge_panics();
@@ -852,8 +856,13 @@ impl Daemon {
             let settled = self.retiring.contains_key(&(service, address));
             if settled && drained || begun.elapsed() >= self.drain_timeout(service) {
                 let name = self.service_name(service);
+                let why = if drained {
+                    "its last flow has ended"
+                } else {
+                    "the time for its flows is over"
+                };
                 info!(
-                    "service {name}: backend {} is gone, its last flow has ended",
+                    "service {name}: backend {} is gone, {why}",
                     Endpoint(address)
                 );
                 ops.extend(self.reconciler.forget_backend(&service, &address));

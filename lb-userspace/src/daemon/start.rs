@@ -1,6 +1,11 @@
 //! From a configuration file to a daemon that serves.
 
-use super::{Daemon, Events, control::Handle, hook::Hook, probes::Probes};
+use super::{
+    Daemon, Events,
+    control::Handle,
+    hook::{self, Hook},
+    probes::Probes,
+};
 use crate::{
     api::server::Server,
     config::{self, Config},
@@ -135,7 +140,7 @@ async fn prepare(
         model,
         reconciler,
         checker,
-        hook: Hook::spawn(),
+        hook: Hook::spawn(hook::TIMEOUT),
         probes: Probes::default(),
         neighbours,
         hops: HashMap::new(),
@@ -155,6 +160,7 @@ async fn prepare(
         jobs: mpsc::channel(1).1,
     };
     inherit(&mut daemon);
+    daemon.remember_commands();
     daemon.watch_backends();
     first_look(&mut daemon, &mut events).await;
     // From here on the task's own word counts.

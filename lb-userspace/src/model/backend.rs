@@ -271,6 +271,12 @@ impl Backend {
         self.admin.max(self.agent.admin)
     }
 
+    /// What the operator wants.
+    #[must_use]
+    pub const fn commanded(&self) -> Admin {
+        self.admin
+    }
+
     /// How it stands.
     #[must_use]
     pub const fn state(&self) -> State {

@@ -161,6 +161,30 @@ fn a_drained_backends_flows_end_when_their_time_is_over() {
 }
 
 #[test]
+fn a_new_daemon_remembers_what_was_commanded() {
+    let (topology, _) = web(2, "", "", "");
+    topology.sluice(&["backend", "maint", "web", "b1"]).ok();
+    topology.sluice(&["backend", "drain", "web", "b2"]).ok();
+    topology.sluice(&["backend", "ready", "web", "b2"]).ok();
+    topology.sluice(&["stop"]).ok();
+    topology.daemon(&topology.dir().join("sluice.toml"));
+    topology.wait_backends_up(None, 1);
+    assert_eq!(backend(&topology, "b1")["admin"], "maint");
+    assert_eq!(backend(&topology, "b2")["admin"], "ready");
+    // Who begins anew begins with the configuration.
+    topology
+        .sluice(&[
+            "detach",
+            "--pin-path",
+            &topology.pin_path().display().to_string(),
+        ])
+        .ok();
+    topology.daemon(&topology.dir().join("sluice.toml"));
+    topology.wait_backends_up(None, 2);
+    assert_eq!(backend(&topology, "b1")["admin"], "ready");
+}
+
+#[test]
 fn a_rolling_deploy_fails_no_request() {
     let (topology, mut servers) = web(3, "", "on_backend_down = \"reset\"", "");
     let vip = vips(80)[0];
