@@ -31,6 +31,13 @@ pub const DIRECTION_CLIENT: u8 = 0;
 /// Direction: the entry matches packets from the backend.
 pub const DIRECTION_BACKEND: u8 = 1;
 
+/// Ticks after which a SYN that comes again is a repetition by its client, whom the backend has not
+/// answered, and no duplicate that the network made: a fifth of a second. Clients wait for a second
+/// (RFC 6298 section 2.1).
+pub const SYN_REPEATED: u32 = crate::abi::TICKS_PER_SECOND / 5;
+/// Ticks within which the next SYN of an unanswered client comes, for a while: 10 seconds.
+pub const SYN_FORGOTTEN: u32 = 10 * crate::abi::TICKS_PER_SECOND;
+
 /// Life of a flow; names in [`crate::names::STATE`]. Kept in the client's entry.
 pub mod state {
     /// UDP: no states.

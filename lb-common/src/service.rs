@@ -216,6 +216,9 @@ pub mod on_backend_down {
 /// Flag of [`Service::flags`]: flows are not recorded, but follow the selection table, as long as
 /// their slot is settled ([`crate::backend::Slot`]).
 pub const SERVICE_STATELESS: u32 = 1 << 0;
+/// Flag of [`Service::flags`]: more than one backend takes new flows, so a SYN that one does not
+/// answer can go to another.
+pub const SERVICE_PLURAL: u32 = 1 << 1;
 /// Flag of [`Service::flags`]: a backend may have a limit ([`crate::backend::Load::max_connections`]).
 pub const SERVICE_LIMITED: u32 = 1 << 4;
 /// Flag of [`Service::flags`]: it is to be asked whether a client may begin a flow.

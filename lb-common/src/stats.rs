@@ -79,11 +79,13 @@ pub enum DropReason {
     BackendFull = 17,
     /// The backend would be its own client, which `dnat` cannot do.
     Hairpin = 18,
+    /// RST of a backend for a connection that its client will try again, with another backend.
+    Refused = 19,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Malformed,
         Self::Fragment,
         Self::NoBackend,
@@ -102,6 +104,7 @@ impl DropReason {
         Self::Martian,
         Self::BackendFull,
         Self::Hairpin,
+        Self::Refused,
     ];
 
     /// The name operators see in statistics and metrics.
@@ -126,6 +129,7 @@ impl DropReason {
             Self::Martian => "martian",
             Self::BackendFull => "backend_full",
             Self::Hairpin => "hairpin",
+            Self::Refused => "refused",
         }
     }
 }

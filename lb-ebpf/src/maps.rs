@@ -89,12 +89,17 @@ pub static LOCAL_PEERS: LruHashMap<PeerKey, Peer, 32768> = LruHashMap::new();
 pub static PROBE_TARGETS: Array<ProbeTarget, 16385, MMAPABLE> = Array::new();
 #[btf_map(name = "probes")]
 pub static PROBES: LruHashMap<FlowKey<Addr6>, Addr6, 32768> = LruHashMap::new();
+#[btf_map(name = "recent_syns")]
+pub static RECENT_SYNS: Array<u64, { RECENT as usize }> = Array::new();
 #[btf_map(name = "scratch")]
 pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[btf_map(name = "work4")]
 pub static WORK4: PerCpuArray<Work<u32>, 1> = PerCpuArray::new();
 #[btf_map(name = "work6")]
 pub static WORK6: PerCpuArray<Work<Addr6>, 1> = PerCpuArray::new();
+
+/// SYNs of stateless services that are remembered, to know one that is repeated.
+pub const RECENT: u32 = 16384;
 
 /// Bytes of a packet that are summed at a time.
 pub const CHUNK: usize = 512;

@@ -28,6 +28,25 @@ pub fn backend<A: Address>(number: u32, service: &Service, key: &FlowKey<A>) -> 
     backend
 }
 
+/// Slots that are tried for a backend that is not the one before.
+const OTHER_TRIES: u32 = 8;
+
+/// As [`backend`], but another one than `avoid`, if there is one within a few tries.
+#[inline(always)]
+pub fn another<A: Address>(number: u32, service: &Service, key: &FlowKey<A>, avoid: u32) -> u32 {
+    let (first, slots) = service.table();
+    let flow_hash = hash::flow_hash(key);
+    for attempt in 1..=OTHER_TRIES {
+        let place = hash::slot_of(hash::jhash_3words(flow_hash, attempt, 0, hash::SEED), slots);
+        let backend = self::slot(first.wrapping_add(place)).map_or(NO_BACKEND, |s| s.backend);
+        let usable = slots != 0 && backend != NO_BACKEND && backend != avoid;
+        if usable && (service.flags & SERVICE_LIMITED == 0 || !is_full(backend)) {
+            return backend;
+        }
+    }
+    self::backend(number, service, key)
+}
+
 /// The backend in the slot of the selection table that a hash, the turn or chance points to.
 #[inline(always)]
 fn by_table<A: Address>(number: u32, service: &Service, key: &FlowKey<A>) -> Option<u32> {

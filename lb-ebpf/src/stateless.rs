@@ -5,22 +5,26 @@
 //! no flow is looked up, none recorded. `docs/flow-state.md` says what happens when a slot changes.
 
 use crate::{
+    atomic,
     family::Family,
-    flow::{self, Work},
+    flow::{self, Work, change},
     frame::Frame,
     lookup, maps,
     parse::{Link, Packet, protocol},
     rewrite, select, stats,
     verdict::Verdict,
 };
+use core::mem::offset_of;
 use lb_common::{
+    abi::ticks_since,
     addr::Address,
     backend::{BACKEND_RESOLVED, NO_BACKEND, Slot},
     filter::LANE_ANY_PORT,
-    flow::{DIRECTION_CLIENT, FlowKey},
+    flow::{DIRECTION_CLIENT, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
     hash,
-    service::{SERVICE_GUARDED, SERVICE_STATELESS, Service, forward, scheduler},
+    service::{SERVICE_GUARDED, SERVICE_PLURAL, SERVICE_STATELESS, Service, forward, scheduler},
 };
+use network_types::tcp::TcpHdr;
 
 /// Sends the packet, if its service is stateless and its slot settled. `None`: its flow may be
 /// recorded, or it cannot be sent.
@@ -55,6 +59,13 @@ pub fn forward<F: Family>(
     {
         return None;
     }
+    if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
+    {
+        change::count_load(slot.backend, change::RETRIES, 1);
+        let work = F::work()?;
+        (work.avoid, work.since) = (slot.backend, flow::now());
+        return None;
+    }
     let ifindex = backend.ifindex;
     let rewritten = if mode == forward::DSR {
         rewrite::l2::l2(frame, link, packet, number, &backend.l2)
@@ -68,6 +79,59 @@ pub fn forward<F: Family>(
     let begins = u64::from(packet.flags.opens());
     stats::count_placed(number, slot.backend, packet.packet_len.into(), begins);
     Some(Verdict::leave(frame, ifindex))
+}
+
+/// Whether a SYN is a repetition of one that came a while ago, so that nobody seems to have
+/// answered it. Remembers it.
+///
+/// In the other modes the flow would tell. A new connection of the same client from the same port
+/// has another sequence number.
+#[inline(always)]
+fn is_repeated<F: Family>(packet: &Packet<F>, flow_hash: u32) -> bool {
+    let Some(recent) = maps::RECENT_SYNS.get_ptr_mut(hash::slot_of(flow_hash, maps::RECENT)) else {
+        return false;
+    };
+    let sequence: u32 = packet.transport.read(offset_of!(TcpHdr, seq));
+    let mark = (flow_hash.rotate_left(16) ^ sequence) | 1;
+    let now = flow::now();
+    // SAFETY: a map value of 8 bytes. CPUs that write to it at once at worst forget a SYN.
+    unsafe {
+        let before = recent.read_volatile();
+        let age = ticks_since(now, before as u32);
+        if (before >> 32) as u32 == mark && age < SYN_FORGOTTEN {
+            return age >= SYN_REPEATED;
+        }
+        recent.write_volatile(u64::from(mark) << 32 | u64::from(now));
+    }
+    false
+}
+
+/// A flow of this slot is going to be recorded although the slot is settled: from now on the flow
+/// table is asked for those of it.
+#[inline(always)]
+pub fn expose<A: Address>(service: &Service, key: &FlowKey<A>) {
+    let (first, slots) = service.table();
+    let place = first.wrapping_add(hash::slot_of(slot_hash(service, key), slots));
+    let Some(slot) = maps::SLOTS.get_ptr_mut(place) else {
+        return;
+    };
+    // SAFETY: a map value of 8 bytes, aligned to them.
+    unsafe {
+        let word = slot.cast::<u64>().read_volatile();
+        if word as u32 == (word >> 32) as u32 {
+            atomic::replace_u64(slot.cast(), word, word & u64::from(u32::MAX));
+        }
+    }
+}
+
+/// The hash that names a flow's slot.
+#[inline(always)]
+fn slot_hash<A: Address>(service: &Service, key: &FlowKey<A>) -> u32 {
+    if service.scheduler == scheduler::SOURCE_HASH {
+        hash::source_hash(key.src)
+    } else {
+        hash::flow_hash(key)
+    }
 }
 
 /// The slot of a flow in a table.

@@ -125,6 +125,8 @@ pub struct Service {
     pub access: Vec<(IpAddr, u8, bool)>,
     /// Whether flows are recorded only where a slot is not settled.
     pub stateless: bool,
+    /// Whether a SYN that one backend does not answer goes to another.
+    pub plural: bool,
     /// What each slot's other number is: which backend, of what the slot has now; `None`: it is settled. Of a
     /// stateless service.
     pub previous: Option<Previous>,
@@ -150,6 +152,7 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
         source_rate: 0,
         access: Vec::new(),
         stateless: false,
+        plural: false,
         previous: None,
         backends: Vec::new(),
     }
@@ -160,6 +163,13 @@ impl Service {
     #[must_use]
     pub fn until(mut self, last: u16) -> Self {
         self.last_port = last;
+        self
+    }
+
+    /// Lets a repeated SYN try another backend.
+    #[must_use]
+    pub fn plural(mut self) -> Self {
+        self.plural = true;
         self
     }
 
@@ -854,6 +864,7 @@ impl Balancer {
             on_no_backend: s.on_no_backend,
             on_backend_down: s.on_backend_down,
             flags: flag(s.stateless, service::SERVICE_STATELESS)
+                | flag(s.plural, service::SERVICE_PLURAL)
                 | flag(s.is_limited(), service::SERVICE_LIMITED)
                 | flag(!s.access.is_empty(), service::SERVICE_LISTED)
                 | flag(
@@ -1166,6 +1177,12 @@ impl Balancer {
             "{what}: the counters moved otherwise than expected"
         );
         port
+    }
+
+    /// The load of a backend, by its number.
+    #[must_use]
+    pub fn load_of(&self, backend: u32) -> backend::Load {
+        self.get("backend_load", backend)
     }
 
     /// All flows of a family, sorted.

@@ -325,7 +325,7 @@ const MAPS: [(&str, &str, &str); 35] = [
 ];
 
 /// Maps whose values nobody but the kernel or the program itself reads.
-const PRIVATE: [&str; 4] = ["redirects", "scratch", "work4", "work6"];
+const PRIVATE: [&str; 5] = ["recent_syns", "redirects", "scratch", "work4", "work6"];
 
 fn object() -> Btf {
     Btf::of_object(sluice::dataplane::OBJECT)

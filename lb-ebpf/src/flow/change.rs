@@ -6,8 +6,8 @@ use core::mem::offset_of;
 use lb_common::{
     abi::ticks_since,
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
-    flow::{Flow, FlowKey, next_state, state},
-    service::{forward, on_backend_down},
+    flow::{Flow, FlowKey, SYN_REPEATED, next_state, state},
+    service::{SERVICE_PLURAL, forward, on_backend_down},
     stats::DropReason,
 };
 
@@ -59,6 +59,16 @@ pub fn revise<F: Family>() -> Decision {
             forget::<F>(key, flow, known);
             return refused(DropReason::ConnectTimeout, number);
         }
+        if flow.state == state::SYN_SENT
+            && service.is_some_and(|s| s.flags & SERVICE_PLURAL != 0)
+            && ticks_since(arrival.now, flow.last_seen) >= SYN_REPEATED
+        {
+            // The client asks again, so nobody has answered: another backend shall.
+            count_load(flow.backend, RETRIES, 1);
+            (work.avoid, work.since) = (flow.backend, flow.created);
+            forget::<F>(key, flow, known);
+            return OVER;
+        }
     }
     if backend.flags & BACKEND_RESOLVED == 0 {
         return dropped(DropReason::NoNeighbour, number);
@@ -70,12 +80,27 @@ pub fn revise<F: Family>() -> Decision {
 /// A SYN, FIN or RST from the backend changes the state, which the client's entry holds.
 #[inline(always)]
 pub fn note_reply<F: Family>() -> Decision {
-    if let Some(work) = F::work()
-        && let Some(flow) = F::flows().get_ptr_mut(&work.arrival.key)
-    {
-        // SAFETY: as in `follow`.
-        advance(unsafe { &mut *flow }, TcpFlags(work.arrival.flags), true);
+    let Some(work) = F::work() else {
+        return FOLLOW;
+    };
+    let Some(flow) = F::flows().get_ptr_mut(&work.arrival.key) else {
+        return FOLLOW;
+    };
+    // SAFETY: as in `follow`.
+    let flow = unsafe { &mut *flow };
+    let flags = TcpFlags(work.arrival.flags);
+    if flags.any(TcpFlags::RST) && flow.state == state::SYN_SENT {
+        count_load(flow.backend, RESETS, 1);
+        // A refusal. The client's next SYN tries another backend, if there is one; but only once,
+        // or it would not hear of it if all of them refuse.
+        let plural = maps::SERVICES
+            .get(flow.service)
+            .is_some_and(|s| s.flags & SERVICE_PLURAL != 0);
+        if plural && ticks_since(work.arrival.now, flow.created) < SYN_REPEATED {
+            return dropped(DropReason::Refused, flow.service);
+        }
     }
+    advance(flow, flags, true);
     FOLLOW
 }
 
@@ -161,10 +186,14 @@ const ACTIVE: usize = offset_of!(Load, active);
 const INACTIVE: usize = offset_of!(Load, inactive);
 /// Offset of the counter of connections that are being opened or established.
 const HELD: usize = offset_of!(Load, held);
+/// Offset of the counter of SYNs that were repeated.
+pub const RETRIES: usize = offset_of!(Load, retries);
+/// Offset of the counter of connections that were refused.
+const RESETS: usize = offset_of!(Load, resets);
 
 /// Adds to one counter of a backend's load; `u64::MAX` takes one away.
 #[inline(always)]
-fn count_load(backend: u32, counter: usize, change: u64) {
+pub fn count_load(backend: u32, counter: usize, change: u64) {
     if let Some(load) = maps::BACKEND_LOAD.get_ptr_mut(backend) {
         // SAFETY: a counter within the map value, aligned to 8 bytes.
         unsafe {

@@ -5,7 +5,7 @@
 //! that the way of most packets stays short, and in global ones, which the kernel verifies once and
 //! not again for each state they may be called in. They find the packet in the CPU's [`Work`].
 
-mod change;
+pub mod change;
 mod place;
 
 use crate::{
@@ -80,6 +80,11 @@ pub struct Work<A> {
     pub tags: u32,
     /// 1 if a new flow is to be recorded.
     pub recording: u32,
+    /// The backend that did not answer the client's first SYN, and is not to be picked again; or
+    /// [`lb_common::backend::NO_BACKEND`].
+    pub avoid: u32,
+    /// When that SYN came, if there was one.
+    pub since: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
@@ -199,7 +204,11 @@ fn to_client<F: Family>(
         let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.key = flow.opposite(u32::from(packet.protocol));
         work.arrival.flags = packet.flags.0;
-        F::note_reply();
+        work.arrival.now = now;
+        match F::note_reply() {
+            FOLLOW => {}
+            decision => return Err(ended(decision)),
+        }
     }
     Ok(Outgoing {
         flow,

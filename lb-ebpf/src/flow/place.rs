@@ -53,7 +53,22 @@ pub fn choose<F: Family>() -> Decision {
         }
     }
     work.recording = 1;
-    let backend_number = if stateless {
+    // Consumed: it concerns this packet only.
+    let avoid = core::mem::replace(&mut work.avoid, NO_BACKEND);
+    let created = if avoid == NO_BACKEND {
+        work.arrival.now
+    } else {
+        work.since
+    };
+    let arrival = &work.arrival;
+    let key = &arrival.key;
+    let backend_number = if avoid != NO_BACKEND && opens {
+        let other = select::another(number, service, key, avoid);
+        if stateless {
+            stateless::expose(service, key);
+        }
+        other
+    } else if stateless {
         let owners = stateless::owners(service, key);
         // A UDP packet may begin a flow or belong to one: it is taken for the latter.
         let old = if opens {
@@ -140,7 +155,7 @@ pub fn choose<F: Family>() -> Decision {
         ifindex: arrival.ifindex,
         tags: arrival.tags,
         last_seen: arrival.now,
-        created: arrival.now,
+        created,
         l3_delta: 0,
         l4_delta: 0,
         state: if udp {

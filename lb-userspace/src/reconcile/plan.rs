@@ -17,7 +17,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, NO_BACKEND, Slot},
     filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP},
     service::{
-        SERVICE_GUARDED, SERVICE_LIMITED, SERVICE_LISTED, SERVICE_STATELESS,
+        SERVICE_GUARDED, SERVICE_LIMITED, SERVICE_LISTED, SERVICE_PLURAL, SERVICE_STATELESS,
         Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward, scheduler as schedulers,
     },
 };
@@ -822,6 +822,7 @@ impl Reconciler {
             }
         }
         let before = held.record;
+        let takers = draft.pool.iter().filter(|member| member.weight > 0).count();
         if let Some(table) = draft.table {
             self.put_table(&mut held, table, wanted, now, ops);
         }
@@ -854,6 +855,7 @@ impl Reconciler {
             previous_table: held.record.previous_table,
             members,
             flags: flag(wanted.stateless, SERVICE_STATELESS)
+                | flag(takers > 1, SERVICE_PLURAL)
                 | flag(is_limited(wanted), SERVICE_LIMITED)
                 | flag(guarded, SERVICE_GUARDED)
                 | flag(!wanted.access.is_empty(), SERVICE_LISTED),

@@ -17,6 +17,7 @@ mod nat;
 mod neighbour;
 mod passthrough;
 mod refusal;
+mod retry;
 mod scheduling;
 mod stateless;
 mod tcp_state;
