@@ -265,18 +265,14 @@ impl Daemon {
 
     /// Uses all backends of services that have too few healthy ones, and says so.
     fn judge_panics(&mut self) {
-        for key in self.dirty.clone() {
-            let (is, was) = self.model.judge_panic(key, Instant::now());
-            let name = self.service_name(key);
-            match (was, is) {
-                (false, true) => warn!(
+        for (name, begins) in self.model.judge_panics(&self.dirty, Instant::now()) {
+            if begins {
+                warn!(
                     "service {name}: fewer backends are up than panic_threshold says; those that \
                      are down are used as well"
-                ),
-                (true, false) => {
-                    info!("service {name}: enough backends are up again; only these are used");
-                }
-                _ => {}
+                );
+            } else {
+                info!("service {name}: enough backends are up again; only these are used");
             }
         }
     }

@@ -870,3 +870,57 @@ async fn the_pace_decides_how_often() {
     };
     timeout(DEADLINE, rest).await.expect("the checks pause");
 }
+
+#[tokio::test]
+async fn agents_say_a_line() {
+    let speak = |line: &'static str| async move {
+        let (listener, address) = listen().await;
+        tokio::spawn(async move {
+            let mut open = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.write_all(line.as_bytes()).await;
+                // One that ends its line may leave the connection open.
+                if line.ends_with('\n') {
+                    open.push(stream);
+                } else {
+                    let _ = stream.shutdown().await;
+                }
+            }
+        });
+        address
+    };
+    let health = || parse("type = \"agent\"\nport = 1");
+    for (line, code, text, percent) in [
+        ("75%\r\n", Code::L7Ok, "75%", Some(75)),
+        ("up 50%", Code::L7Ok, "up 50%", Some(50)),
+        (
+            "down # disk full\n",
+            Code::L7Status,
+            "down # disk full",
+            None,
+        ),
+        ("", Code::L7Response, "the agent says nothing", None),
+    ] {
+        let mut health = health();
+        let address = speak(line).await;
+        health.port = Some(address.port());
+        let result = check(address, health).await;
+        assert_eq!(
+            (result.code, result.text.as_str()),
+            (code, text),
+            "{line:?}"
+        );
+        assert_eq!(
+            result.report.is_some(),
+            code != Code::L7Response,
+            "{line:?}"
+        );
+        assert_eq!(result.report.and_then(|report| report.percent), percent);
+    }
+    let mut health = health();
+    let (_listener, silent) = listen().await;
+    health.port = Some(silent.port());
+    let result = check(silent, health).await;
+    let expected = (Code::L7Timeout, "no line within 150ms");
+    assert_eq!((result.code, result.text.as_str()), expected);
+}

@@ -495,6 +495,13 @@ impl Backend {
         self.inherited = false;
     }
 
+    /// Whether the time matters to it.
+    pub(super) fn is_ticking(&self) -> bool {
+        let draining = self.drained.is_some() && !self.expired;
+        let limited = draining && self.rules.drain_timeout.is_some();
+        self.rising.is_some() || limited || !self.falls.is_empty()
+    }
+
     /// Time went by.
     pub(super) fn tick(&mut self, now: Instant) {
         let window = self.config.health.flap_window;
@@ -503,9 +510,7 @@ impl Backend {
         {
             self.falls.pop_front();
         }
-        if self.rising.is_some() || (self.drained.is_some() && !self.expired) {
-            self.settle(now);
-        }
+        self.settle(now);
     }
 
     pub(super) fn check_result(&mut self, result: CheckResult, now: Instant) {

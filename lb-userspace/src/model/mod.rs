@@ -303,31 +303,39 @@ impl Model {
         let mut changes = Vec::new();
         for service in &mut self.services {
             let key = service.key();
-            for backend in &mut service.backends {
+            for backend in service.backends.iter_mut().filter(|b| b.is_ticking()) {
                 changes.extend(change(key, backend, |backend| backend.tick(now)));
             }
         }
         changes
     }
 
-    /// Uses all backends of `key` while fewer of them are up than its `panic_threshold` says;
-    /// returns whether that is so, and whether it was.
-    pub fn judge_panic(&mut self, key: ServiceKey, now: Instant) -> (bool, bool) {
-        let Some(service) = self.services.iter_mut().find(|s| s.key() == key) else {
-            return (false, false);
-        };
-        let threshold = u64::from(service.config.panic_threshold);
-        let healthy: Vec<bool> = service
-            .backends
-            .iter()
-            .filter_map(Backend::health)
-            .collect();
-        let up = healthy.iter().filter(|up| **up).count() as u64;
-        let panics = up * 100 < threshold * healthy.len() as u64;
-        for backend in &mut service.backends {
-            backend.press(panics, now);
+    /// Of the services in `which`: uses all backends while fewer of them are up than
+    /// `panic_threshold` says. Returns the names of those for which this began or ended, and whether
+    /// it began.
+    pub fn judge_panics(
+        &mut self,
+        which: &HashSet<ServiceKey>,
+        now: Instant,
+    ) -> Vec<(String, bool)> {
+        let mut changes = Vec::new();
+        for service in &mut self.services {
+            let threshold = u64::from(service.config.panic_threshold);
+            if (threshold == 0 && !service.panics) || !which.contains(&service.key()) {
+                continue;
+            }
+            let health = service.backends.iter().filter_map(Backend::health);
+            let (up, all) =
+                health.fold((0, 0), |(up, all), is_up| (up + u64::from(is_up), all + 1));
+            let panics = up * 100 < threshold * all;
+            for backend in &mut service.backends {
+                backend.press(panics, now);
+            }
+            if std::mem::replace(&mut service.panics, panics) != panics {
+                changes.push((service.config.name.clone(), panics));
+            }
         }
-        (panics, std::mem::replace(&mut service.panics, panics))
+        changes
     }
 
     /// The operator's will for `key`.

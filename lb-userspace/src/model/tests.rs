@@ -599,17 +599,17 @@ fn too_few_healthy_backends_are_helped_by_the_others() {
     for (threshold, panics) in [(0, false), (50, false), (51, true), (100, true)] {
         let mut model = begun(&format!("panic_threshold = {threshold}"), "", now);
         model.check_result(b, result(false), now);
-        assert_eq!(
-            model.judge_panic(b.service, now),
-            (panics, false),
-            "{threshold}"
-        );
+        let which = HashSet::from([b.service]);
+        let changes = |begins| vec![("web".to_owned(), begins)];
+        let begun = if panics { changes(true) } else { vec![] };
+        assert_eq!(model.judge_panics(&which, now), begun, "{threshold}");
         assert_eq!(stands(&model, b).0, State::Down);
         assert_eq!(hundredths(&model, b), if panics { 400 } else { 0 });
         assert_eq!(model.backend(b).unwrap().may_keep_flows(), panics);
         // One that is drained on purpose is not missed.
         model.set_admin(b, Admin::Drain, now);
-        assert_eq!(model.judge_panic(b.service, now), (false, panics));
+        let ended = if panics { changes(false) } else { vec![] };
+        assert_eq!(model.judge_panics(&which, now), ended);
         assert_eq!(hundredths(&model, b), 0);
         assert_eq!(hundredths(&model, a()), 600);
     }

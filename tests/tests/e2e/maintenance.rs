@@ -335,3 +335,31 @@ fn an_agent_sets_weight_and_admin_state() {
         }
     }
 }
+
+#[test]
+fn when_too_few_are_up_all_are_used() {
+    let (topology, servers) = web(2, "", "panic_threshold = 60", "");
+    topology.kill(servers[1]);
+    wait_until("both to be used", || {
+        let b2 = backend(&topology, "b2");
+        b2["state"] == "down" && b2["effective_weight"] == 1
+    });
+    let reason = backend(&topology, "b2")["reason"].clone();
+    let reason = reason.as_str().unwrap_or_default();
+    assert!(
+        reason.ends_with("; used all the same, by panic_threshold"),
+        "{reason}"
+    );
+    assert!(
+        topology
+            .log("sluice")
+            .contains("fewer backends are up than panic_threshold says")
+    );
+    topology.nginx("b2");
+    wait_until("enough to be up again", || {
+        topology
+            .log("sluice")
+            .contains("enough backends are up again")
+    });
+    assert_eq!(backend(&topology, "b2")["state"], "up");
+}
