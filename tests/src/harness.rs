@@ -45,6 +45,19 @@ pub enum Verdict {
     Redirect,
 }
 
+impl Verdict {
+    fn of(code: u32) -> Self {
+        match code {
+            0 => Self::Aborted,
+            1 => Self::Drop,
+            2 => Self::Pass,
+            3 => Self::Tx,
+            4 => Self::Redirect,
+            other => panic!("the program returned {other}, which is no XDP code"),
+        }
+    }
+}
+
 /// TCP, as an IP protocol number.
 pub const TCP: u8 = 6;
 /// UDP, as an IP protocol number.
@@ -1056,6 +1069,39 @@ impl Balancer {
         }
     }
 
+    /// As [`Balancer::run`], with no room in front of the frame for it to grow: what a driver would
+    /// leave there is taken by metadata.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run_without_headroom(&mut self, frame: &[u8]) -> Outcome {
+        let before = self.last_counts.take().unwrap_or_else(|| self.counts());
+        // All of the 256 bytes in front of the frame but those of the kernel's own struct xdp_frame.
+        let metadata = [0; 216];
+        let data = [&metadata, frame].concat();
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+        let context = [metadata.len() as u32, data.len() as u32, 0, 0, 0, 0];
+        let mut out = vec![0; data.len() + 256];
+        let result = self
+            .program()
+            .test_run(TestRunOptions {
+                data_in: Some(&data),
+                data_out: Some(&mut out),
+                ctx_in: Some(bytemuck::bytes_of(&context)),
+                ..TestRunOptions::default()
+            })
+            .unwrap_or_else(|e| panic!("test run of {} bytes: {}", frame.len(), chain(&e)));
+        out.truncate(result.data_size_out as usize);
+        let after = self.counts();
+        let counts = after.since(&before);
+        self.last_counts = Some(after);
+        Outcome {
+            verdict: Verdict::of(result.return_value),
+            frame: out.split_off(metadata.len()),
+            counts,
+        }
+    }
+
     /// Runs the program without looking at the counters.
     ///
     /// # Panics
@@ -1349,15 +1395,7 @@ fn run_program(program: &Xdp, frame: &[u8]) -> (Verdict, Vec<u8>) {
         })
         .unwrap_or_else(|e| panic!("test run of {} bytes: {}", frame.len(), chain(&e)));
     out.truncate(result.data_size_out as usize);
-    let verdict = match result.return_value {
-        0 => Verdict::Aborted,
-        1 => Verdict::Drop,
-        2 => Verdict::Pass,
-        3 => Verdict::Tx,
-        4 => Verdict::Redirect,
-        other => panic!("the program returned {other}, which is no XDP code"),
-    };
-    (verdict, out)
+    (Verdict::of(result.return_value), out)
 }
 
 /// Binds the calling thread to a CPU, where there are so many.

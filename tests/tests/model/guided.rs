@@ -133,9 +133,11 @@ fn sequences_that_lead_somewhere_new_agree_with_the_model() {
             let events = shrink(&sequence);
             let again = check(&sequence.0, &events, &RefCell::new(Reached::new()));
             let error = again.err().unwrap_or(error);
+            let lines: Vec<String> = events.iter().map(|event| format!("{event:?}")).collect();
             panic!(
-                "seed {seed}, sequence {run}, made shorter: {error}\n{:?}\n{events:#?}",
-                sequence.0
+                "seed {seed}, sequence {run}, made shorter: {error}\n{:?}\n{}",
+                sequence.0,
+                lines.join("\n")
             );
         }
         for word in &trail {
