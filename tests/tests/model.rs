@@ -244,6 +244,9 @@ fn balancer(setup: &Setup) -> Balancer {
                     let all = Ipv4Addr::UNSPECIFIED.into();
                     s = s.access(all, 0, false).access(CLIENT.ip(*family), 32, true);
                 }
+                // A pick is remembered also if the packet is then refused; with `random` the model
+                // could not tell whose.
+                _ if s.scheduler == scheduler::RANDOM => {}
                 0 => s = s.affinity(AGE + AGE / 2, 32),
                 5 => s = s.affinity(AGE / 2, 128),
                 _ => {}
