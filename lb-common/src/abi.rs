@@ -79,6 +79,27 @@ pub struct Settings {
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);
 
+/// Map `pressure`: how fast flows begin on one CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Pressure {
+    /// The window of time that is counted.
+    pub window: u32,
+    /// New flows in it.
+    pub begun: u32,
+    /// Flows that began while there were too many: see [`Settings::new_flows`].
+    pub flows: u64,
+}
+
+const _: () = assert!(size_of::<Pressure>() == 16);
+
+/// Of several CPUs only the flows add up to something.
+impl core::ops::AddAssign for Pressure {
+    fn add_assign(&mut self, other: Self) {
+        self.flows += other.flows;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

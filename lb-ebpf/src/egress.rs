@@ -137,7 +137,9 @@ fn translate<F: Family>(ctx: *mut __sk_buff, places: &Places) -> Option<()> {
         dport: load(ctx, transport + 2)?,
         protocol: u32::from(protocol),
     };
-    let flow = F::flows().get_ptr_mut(&key)?;
+    let flow = F::flows()
+        .get_ptr_mut(&key)
+        .or_else(|| F::opening().get_ptr_mut(&key))?;
     // SAFETY: a live map value, as in `flow::follow`.
     let flow = unsafe { &mut *flow };
     if flow.direction != DIRECTION_BACKEND {

@@ -9,6 +9,7 @@ use crate::{
     icmp::{self, error::Quoted},
     lookup, maps, neighbour,
     parse::{self, Link, Network, protocol},
+    pressure,
     verdict::Verdict,
 };
 use aya_ebpf::{
@@ -79,6 +80,8 @@ pub trait Family: Sized {
 
     /// Its flow table.
     fn flows() -> &'static Flows<Self::Addr>;
+    /// Its half-open flows that are not in the flow table.
+    fn opening() -> &'static Flows<Self::Addr>;
     /// The number of the service that listens on `key`, if bucket `place` has it; else 0.
     fn listener(place: u32, key: &ServiceKey<Self::Addr>) -> u32;
     /// Its VIPs.
@@ -92,6 +95,10 @@ pub trait Family: Sized {
 
     /// This CPU's desk.
     fn work() -> Option<&'static mut Work<Self::Addr>>;
+    /// [`crate::pressure`]'s subprogram for a packet that may belong to a half-open flow.
+    fn resume() -> u64;
+    /// [`crate::pressure`]'s subprogram that frees a source port.
+    fn recycle(any: u32) -> u64;
     /// [`crate::admit`]'s subprogram.
     fn admit(service: u32) -> u64;
     /// [`crate::flow`]'s subprogram that picks a backend for a new flow and
@@ -221,6 +228,21 @@ impl Family for V4 {
     #[inline(always)]
     fn flows() -> &'static Flows<u32> {
         &maps::FLOWS4
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static Flows<u32> {
+        &maps::OPENING4
+    }
+
+    #[inline(always)]
+    fn resume() -> u64 {
+        pressure::resume4()
+    }
+
+    #[inline(always)]
+    fn recycle(any: u32) -> u64 {
+        pressure::recycle4(any)
     }
 
     #[inline(always)]
@@ -522,6 +544,21 @@ impl Family for V6 {
     #[inline(always)]
     fn flows() -> &'static Flows<[u32; 4]> {
         &maps::FLOWS6
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static Flows<[u32; 4]> {
+        &maps::OPENING6
+    }
+
+    #[inline(always)]
+    fn resume() -> u64 {
+        pressure::resume6()
+    }
+
+    #[inline(always)]
+    fn recycle(any: u32) -> u64 {
+        pressure::recycle6(any)
     }
 
     #[inline(always)]

@@ -34,6 +34,7 @@ mod lookup;
 mod maps;
 mod neighbour;
 mod parse;
+mod pressure;
 mod probe;
 mod reset;
 mod rewrite;

@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    abi::{NAT_SOURCES, Settings},
+    abi::{NAT_SOURCES, Pressure, Settings},
     backend::{Backend, Load, Slot},
     client::{Affinity, ClientKey, Source},
     filter,
@@ -53,6 +53,14 @@ pub static CURSORS: Array<Cursor, 4097, MMAPABLE> = Array::new();
 pub static FLOWS4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
 #[btf_map(name = "flows6")]
 pub static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::new();
+#[btf_map(name = "opening4")]
+pub static OPENING4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
+#[btf_map(name = "opening6")]
+pub static OPENING6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::new();
+#[btf_map(name = "last_opening")]
+pub static LAST_OPENING: Array<u32, 1, MMAPABLE> = Array::new();
+#[btf_map(name = "pressure")]
+pub static PRESSURE: PerCpuArray<Pressure, 1> = PerCpuArray::new();
 #[btf_map(name = "fragments4")]
 pub static FRAGMENTS4: LruHashMap<FragmentKey<u32>, Datagram<u32>, 8192> = LruHashMap::new();
 #[btf_map(name = "fragments6")]

@@ -66,6 +66,21 @@ fn by_table<A: Address>(number: u32, service: &Service, key: &FlowKey<A>) -> Opt
     Some(self::slot(first.wrapping_add(slot))?.backend)
 }
 
+/// The number of the backend that a hash of the flow alone tells, or [`NO_BACKEND`].
+#[inline(always)]
+pub fn by_hash<A: Address>(service: &Service, key: &FlowKey<A>) -> u32 {
+    let (first, slots) = service.table();
+    if slots == 0 {
+        return NO_BACKEND;
+    }
+    let hash = if service.scheduler == scheduler::SOURCE_HASH {
+        hash::source_hash(key.src)
+    } else {
+        hash::flow_hash(key)
+    };
+    slot(first.wrapping_add(hash::slot_of(hash, slots))).map_or(NO_BACKEND, |slot| slot.backend)
+}
+
 #[inline(always)]
 fn at_random(first: u32, slots: u32) -> Option<u32> {
     // SAFETY: the helper takes nothing and touches nothing.

@@ -218,6 +218,8 @@ impl Connection {
 pub struct Flows {
     flows4: HashMap<FlowKey<u32>, Flow<u32>>,
     flows6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
+    opening4: HashMap<FlowKey<u32>, Flow<u32>>,
+    opening6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
     backends: SharedArray<Backend>,
     load: SharedArray<Load>,
     slots: SharedArray<Slot>,
@@ -238,6 +240,8 @@ impl Flows {
         Ok(Self {
             flows4: HashMap::from_fd(maps.flows4.as_fd().try_clone_to_owned()?)?,
             flows6: HashMap::from_fd(maps.flows6.as_fd().try_clone_to_owned()?)?,
+            opening4: HashMap::from_fd(maps.opening4.as_fd().try_clone_to_owned()?)?,
+            opening6: HashMap::from_fd(maps.opening6.as_fd().try_clone_to_owned()?)?,
             backends: SharedArray::from_fd(maps.backends.as_fd().try_clone_to_owned()?)?,
             load: SharedArray::from_fd(maps.backend_load.as_fd().try_clone_to_owned()?)?,
             slots: SharedArray::from_fd(maps.slots.as_fd().try_clone_to_owned()?)?,
@@ -271,6 +275,8 @@ impl Flows {
         refresh(&self.affinity4, clients)?;
         let clients = self.sweep_table(&self.flows6, timeouts, &mut gathered)?;
         refresh(&self.affinity6, clients)?;
+        self.sweep_opening(&self.opening4, timeouts, &mut sweep)?;
+        self.sweep_opening(&self.opening6, timeouts, &mut sweep)?;
         self.correct(&counts, &mut sweep);
         for (number, look) in looks {
             sweep.settling.insert(number, self.settling(number, look));
@@ -368,6 +374,40 @@ impl Flows {
             }
         }
         Ok(clients)
+    }
+
+    /// Removes half-open flows that nobody completes. They are in no count of connections.
+    fn sweep_opening<A>(
+        &self,
+        opening: &HashMap<FlowKey<A>, Flow<A>>,
+        timeouts: &Timeouts,
+        sweep: &mut Sweep,
+    ) -> Result<()>
+    where
+        A: Address,
+        FlowKey<A>: bytemuck::Pod,
+        Flow<A>: bytemuck::Pod,
+    {
+        if opening.is_empty()? {
+            return Ok(());
+        }
+        let now = now();
+        let mut over = Vec::new();
+        opening.iter_batches(|key, flow| {
+            sweep.flows += u64::from(flow.direction != DIRECTION_BACKEND);
+            let belongs = timeouts.idle.contains_key(&flow.service) && self.belongs(flow);
+            // UDP has shown no more than one packet.
+            let limit = patience(flow.state, ticks(OPENING)).min(ticks(OPENING));
+            if !belongs || ticks_since(now, flow.last_seen) > limit {
+                over.push((*key, flow.direction != DIRECTION_BACKEND));
+            }
+        })?;
+        for (key, is_client) in over {
+            if opening.remove(&key)? {
+                sweep.expired += u64::from(is_client);
+            }
+        }
+        Ok(())
     }
 
     /// The tables of stateless services before a sweep.
@@ -470,8 +510,11 @@ impl Flows {
     ///
     /// When the kernel refuses to list the entries.
     pub fn each(&self, mut f: impl FnMut(&Connection) -> bool) -> Result<()> {
-        if each_of(&self.flows4, &self.backends, &mut f)? {
-            each_of(&self.flows6, &self.backends, &mut f)?;
+        let go_on = each_of(&self.flows4, &self.backends, &mut f)?
+            && each_of(&self.opening4, &self.backends, &mut f)?
+            && each_of(&self.flows6, &self.backends, &mut f)?;
+        if go_on {
+            each_of(&self.opening6, &self.backends, &mut f)?;
         }
         Ok(())
     }

@@ -530,6 +530,8 @@ pub struct Balancer {
 const FLOWS: u32 = 32768;
 /// Entries of the tables of fragmented datagrams.
 const FRAGMENTS: u32 = 2048;
+/// Entries of the tables of half-open flows.
+const OPENING: u32 = 4096;
 /// Entries of the tables of clients.
 const CLIENTS: u32 = 8192;
 /// Entries of the tables of allowed and denied prefixes.
@@ -1007,6 +1009,38 @@ impl Balancer {
         }
     }
 
+    fn clear_opening(&mut self) {
+        self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("opening4");
+        self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("opening6");
+        self.set("last_opening", 0, 0_u32);
+    }
+
+    /// Lets each CPU record so many new flows a second; 0: as many as come.
+    pub fn set_new_flows(&mut self, rate: u32) {
+        self.settings.new_flows = rate;
+        let settings = self.settings;
+        self.set("settings", 0, settings);
+    }
+
+    /// All half-open flows that began under pressure, of a family, sorted.
+    #[must_use]
+    pub fn opening(&self, family: Family) -> Vec<FlowEntry> {
+        let mut entries: Vec<_> = match family {
+            Family::V4 => self
+                .raw_flows::<u32>("opening4")
+                .iter()
+                .map(|(k, f)| readable(k, f))
+                .collect(),
+            Family::V6 => self
+                .raw_flows::<[u32; 4]>("opening6")
+                .iter()
+                .map(|(k, f)| readable(k, f))
+                .collect(),
+        };
+        entries.sort();
+        entries
+    }
+
     fn clear_clients(&mut self) {
         self.clear_hash::<client::ClientKey<u32>, client::Affinity>("affinity4");
         self.clear_hash::<client::ClientKey<[u32; 4]>, client::Affinity>("affinity6");
@@ -1322,6 +1356,7 @@ impl Balancer {
     pub fn reset(&mut self) {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_opening();
         self.clear_fragments();
         self.clear_clients();
         let backends: u32 = self.services.iter().map(|s| s.backends.len() as u32).sum();
@@ -1335,6 +1370,7 @@ impl Balancer {
     fn wipe(&mut self) {
         self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
         self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_opening();
         self.clear_fragments();
         self.clear_clients();
         self.clear_trie::<u32>("access4");
@@ -1431,6 +1467,8 @@ fn load() -> Ebpf {
         ("backend_stats", BACKENDS),
         ("flows4", FLOWS),
         ("flows6", FLOWS),
+        ("opening4", OPENING),
+        ("opening6", OPENING),
         ("fragments4", FRAGMENTS),
         ("fragments6", FRAGMENTS),
         ("affinity4", CLIENTS),

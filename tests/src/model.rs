@@ -114,6 +114,8 @@ pub struct Model {
     flows: Vec<Flow>,
     load: BTreeMap<u32, (u64, u64)>,
     clients: Vec<Client>,
+    /// What is known of the last packet whose flow is not recorded.
+    passing: Option<Flow>,
     ports: std::ops::RangeInclusive<u16>,
     /// Networks of the outer source addresses, with the mask of their host bits.
     encap4: Option<(u32, u32)>,
@@ -214,6 +216,7 @@ impl Model {
             flows: Vec::new(),
             load: BTreeMap::new(),
             clients: Vec::new(),
+            passing: None,
             ports: settings.nat_port_first..=settings.nat_port_last,
             encap4: (mask4 != 0).then_some((u32::from_be(settings.encap_source4), mask4)),
             encap6: (mask6 != 0).then_some((network6, u128::from(mask6))),
@@ -346,6 +349,7 @@ impl Model {
         let request = of_protocol().find(|f| f.client == from && f.vip == to);
         let flow = reply
             .or(request)
+            .or(self.passing.as_ref())
             .expect("what was sent on has a flow")
             .clone();
         let key = identity(packet);
@@ -610,7 +614,10 @@ impl Model {
         };
         let number = n as u32 + 1;
         if packet.protocol() == TCP && !opens(packet) {
-            return Ok(refused(packet, DropReason::NoFlow, number));
+            if translates(self.services[n].forward) {
+                return Ok(refused(packet, DropReason::NoFlow, number));
+            }
+            return Ok(self.unrecorded(n, packet));
         }
         if !self.may_begin(n, packet.src) {
             return Ok(dropped(DropReason::Denied, number));
@@ -792,6 +799,55 @@ impl Model {
             })
         };
         at(true).or_else(|| at(false).filter(|_| packet.dport != 0))
+    }
+
+    /// A packet in the middle of a connection that is not known: a hash of it tells the backend, who
+    /// knows what to make of it.
+    fn unrecorded(&mut self, n: usize, packet: &Packet) -> Prediction {
+        let service = self.services[n].clone();
+        let number = n as u32 + 1;
+        let table = crate::harness::selection_table(&service);
+        if table.is_empty() {
+            return match service.on_no_backend {
+                on_no_backend::PASS => pass(packet),
+                on_no_backend::DROP => dropped(DropReason::NoBackend, number),
+                _ => refused(packet, DropReason::NoBackend, number),
+            };
+        }
+        let hash = match service.scheduler {
+            scheduler::SOURCE_HASH => lookup3(&[address_word(packet.src), 0, 0], SEED),
+            _ => flow_hash(packet),
+        };
+        let index = table[((u128::from(hash) * table.len() as u128) / (1 << 32)) as usize];
+        let backend = &service.backends[index];
+        if !backend.resolved {
+            return dropped(DropReason::NoNeighbour, number);
+        }
+        if packet.ttl <= 1 && service.forward != forward::DSR {
+            return expired(packet, number);
+        }
+        let number_of_backend = self.first_backend[n] + index as u32;
+        let client = (packet.src, packet.sport);
+        let vip = (packet.dst, packet.dport);
+        let flow = Flow {
+            protocol: packet.protocol(),
+            client,
+            vip,
+            forward: service.forward,
+            source: client,
+            destination: vip,
+            service: number,
+            index,
+            backend: number_of_backend,
+            generation: self.generation(number_of_backend),
+            state: state::ESTABLISHED,
+            macs: (packet.src_mac, packet.dst_mac),
+            tags: packet.tags(),
+            age: 0,
+        };
+        let prediction = self.to_backend(packet, &flow);
+        self.passing = Some(flow);
+        prediction
     }
 
     /// Whether a client is allowed by the longest prefix that holds it.

@@ -2,7 +2,7 @@
 //! compiles them, against those the BPF object says its maps have.
 
 use lb_common::{
-    abi::Settings,
+    abi::{Pressure, Settings},
     backend::{Backend, Load, Slot},
     client::{AccessKey, Affinity, ClientKey, Source},
     decap,
@@ -175,6 +175,14 @@ fn layouts() -> Vec<Layout> {
             AccessKey<Addr6> { prefix_len: u32, data: ClientKey<Addr6> }
         ),
         layout!(
+            "Pressure",
+            Pressure {
+                window: u32,
+                begun: u32,
+                flows: u64
+            }
+        ),
+        layout!(
             "Affinity",
             Affinity {
                 backend: u32,
@@ -258,7 +266,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 35] = [
+const MAPS: [(&str, &str, &str); 39] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -277,6 +285,14 @@ const MAPS: [(&str, &str, &str); 35] = [
         "FlowKey_3C__5B_u32_3B__20_4_5D__3E_",
         "Flow_3C__5B_u32_3B__20_4_5D__3E_",
     ),
+    ("opening4", "FlowKey_3C_u32_3E_", "Flow_3C_u32_3E_"),
+    (
+        "opening6",
+        "FlowKey_3C__5B_u32_3B__20_4_5D__3E_",
+        "Flow_3C__5B_u32_3B__20_4_5D__3E_",
+    ),
+    ("last_opening", "4", "4"),
+    ("pressure", "4", "Pressure"),
     (
         "fragments4",
         "FragmentKey_3C_u32_3E_",

@@ -84,6 +84,12 @@ pub fn note_reply<F: Family>() -> Decision {
         return FOLLOW;
     };
     let Some(flow) = F::flows().get_ptr_mut(&work.arrival.key) else {
+        if let Some(flow) = F::opening().get_ptr_mut(&work.arrival.key) {
+            // Not counted yet.
+            // SAFETY: as in `follow`.
+            let flow = unsafe { &mut *flow };
+            flow.state = flags_lead_to(flow, TcpFlags(work.arrival.flags), true);
+        }
         return FOLLOW;
     };
     // SAFETY: as in `follow`.
@@ -104,21 +110,27 @@ pub fn note_reply<F: Family>() -> Decision {
     FOLLOW
 }
 
-/// Moves the flow to its next state and counts the connection where it now belongs.
+/// The state that follows the flow's when a packet with these flags has been forwarded.
 #[inline(always)]
-fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
-    const _: () = assert!(offset_of!(Flow<u32>, state) % 4 == 0);
-    const _: () = assert!(offset_of!(Flow<[u32; 4]>, state) % 4 == 0);
-    let before = flow.state;
-    let after = next_state(
-        before,
+pub fn flags_lead_to<A>(flow: &Flow<A>, flags: TcpFlags, from_backend: bool) -> u8 {
+    next_state(
+        flow.state,
         flags.any(TcpFlags::SYN),
         flags.any(TcpFlags::ACK),
         flags.any(TcpFlags::FIN),
         flags.any(TcpFlags::RST),
         from_backend,
         forward::translates(flow.forward),
-    );
+    )
+}
+
+/// Moves the flow to its next state and counts the connection where it now belongs.
+#[inline(always)]
+fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
+    const _: () = assert!(offset_of!(Flow<u32>, state) % 4 == 0);
+    const _: () = assert!(offset_of!(Flow<[u32; 4]>, state) % 4 == 0);
+    let before = flow.state;
+    let after = flags_lead_to(flow, flags, from_backend);
     if before == after {
         return;
     }

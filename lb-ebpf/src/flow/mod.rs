@@ -13,6 +13,7 @@ use crate::{
     frame::Frame,
     maps,
     parse::{Link, Packet, TcpFlags},
+    pressure,
     verdict::Verdict,
 };
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_ktime_get_coarse_ns};
@@ -64,6 +65,28 @@ pub struct Arrival<A> {
     pub lane: u8,
 }
 
+/// Where a packet leaves to.
+#[repr(C)]
+pub struct Way {
+    /// Ethernet destination and source.
+    pub l2: [u32; 3],
+    pub ifindex: u32,
+    /// VLAN tags.
+    pub tags: u32,
+}
+
+impl Way {
+    /// To a backend.
+    #[inline(always)]
+    pub const fn to(backend: &Backend) -> Self {
+        Self {
+            l2: backend.l2,
+            ifindex: backend.ifindex,
+            tags: backend.tags,
+        }
+    }
+}
+
 /// Each CPU's desk, where subprograms find the packet and leave their result; it also holds what
 /// would be too large for the stack.
 #[repr(C, align(8))]
@@ -80,6 +103,8 @@ pub struct Work<A> {
     pub tags: u32,
     /// 1 if a new flow is to be recorded.
     pub recording: u32,
+    /// 1 if it is to be recorded among the half-open ones.
+    pub opening: u32,
     /// The backend that did not answer the client's first SYN, and is not to be picked again; or
     /// [`lb_common::backend::NO_BACKEND`].
     pub avoid: u32,
@@ -88,8 +113,10 @@ pub struct Work<A> {
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
-    /// The client's entry of a new flow.
+    /// The client's entry of a new flow, or the entry that the packet of a half-open one belongs to.
     pub client: Flow<A>,
+    /// Where the packet leaves to, whichever entry that is.
+    pub way: Way,
     /// The client as the maps of clients know it.
     pub client_key: ClientKey<A>,
     /// What the lists are asked for.
@@ -108,7 +135,7 @@ pub type Decision = u64;
 /// Go on.
 pub const FOLLOW: u64 = 0;
 /// The flow is over, and the packet may begin another.
-const OVER: u64 = 1 << 16;
+pub const OVER: u64 = 1 << 16;
 /// Not a packet for any service.
 pub const NOT_OURS: u64 = 2 << 16;
 /// Tell the sender.
@@ -120,12 +147,12 @@ pub const fn dropped(reason: DropReason, service: u32) -> Decision {
 }
 
 #[inline(always)]
-const fn too_big(mtu: u16, service: u32) -> Decision {
+pub const fn too_big(mtu: u16, service: u32) -> Decision {
     refused(DropReason::TooBig, service) | (mtu as u64) << 16
 }
 
 #[inline(always)]
-const fn refused(reason: DropReason, service: u32) -> Decision {
+pub const fn refused(reason: DropReason, service: u32) -> Decision {
     dropped(reason, service) | REFUSE
 }
 
@@ -182,7 +209,7 @@ pub fn follow<F: Family>(
             return Ok(outgoing);
         }
     }
-    if lane & LANE_VIP == 0 {
+    if lane & LANE_VIP == 0 && !pressure::may_be_opening(now()) {
         return Err(Verdict::PASS);
     }
     begin::<F>(frame, link, packet, &key, can_travel, lane)
@@ -283,7 +310,7 @@ fn interface_mtu(ifindex: u32) -> u32 {
     unsafe { maps::INTERFACES.get(ifindex) }.map_or(0, |i| i.mtu.into())
 }
 
-/// The first packet of a flow.
+/// The first packet of a flow, or one of a half-open flow.
 #[inline(always)]
 fn begin<F: Family>(
     frame: &Frame,
@@ -303,20 +330,29 @@ fn begin<F: Family>(
     work.arrival.flags = packet.flags.0;
     work.arrival.can_travel = u8::from(can_travel);
     work.arrival.lane = lane;
-    for step in [F::choose, F::record_reply, F::record_client] {
-        match step() {
-            FOLLOW => {}
-            decision => return Err(ended(decision)),
+    let mut decision = OVER;
+    if pressure::may_be_opening(work.arrival.now) {
+        decision = F::resume();
+    }
+    if decision == OVER {
+        if lane & LANE_VIP == 0 {
+            return Err(Verdict::PASS);
+        }
+        for step in [F::choose, F::record_reply, F::record_client] {
+            decision = step();
+            if decision != FOLLOW {
+                break;
+            }
         }
     }
-    let Some(backend) = maps::BACKENDS.get(work.client.backend) else {
-        return Err(Verdict::drop(DropReason::NoBackend, work.client.service));
-    };
+    if decision != FOLLOW {
+        return Err(ended(decision));
+    }
     Ok(Outgoing {
         flow: &work.client,
-        l2: &backend.l2,
-        ifindex: backend.ifindex,
-        tags: backend.tags,
+        l2: &work.way.l2,
+        ifindex: work.way.ifindex,
+        tags: work.way.tags,
     })
 }
 

@@ -4,7 +4,7 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS, change::count_flow, dropped, exceeds, interface_mtu, refused,
+    Decision, FOLLOW, NOT_OURS, Way, change::count_flow, dropped, exceeds, interface_mtu, refused,
     too_big,
 };
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     family::Family,
     lookup, maps,
     parse::{TcpFlags, protocol},
+    pressure,
     select::{self, ALL_FULL},
     stateless, stats,
 };
@@ -43,7 +44,8 @@ pub fn choose<F: Family>() -> Decision {
     };
     let opens = TcpFlags(arrival.flags).opens();
     let stateless = service.flags & SERVICE_STATELESS != 0;
-    if !udp && !opens && !stateless {
+    let translates = forward::translates(service.forward);
+    if !udp && !opens && translates {
         return refused(DropReason::NoFlow, number);
     }
     if service.flags & SERVICE_GUARDED != 0 && (udp || opens) {
@@ -53,6 +55,20 @@ pub fn choose<F: Family>() -> Decision {
         }
     }
     work.recording = 1;
+    work.opening = 0;
+    let mut by_hash = false;
+    if !stateless {
+        // In the middle of a flow that is not recorded: its first packet came under pressure, or its
+        // entry is gone. The backend knows what to make of it.
+        by_hash = !udp && !opens;
+        if !by_hash && pressure::is_high(work.arrival.now) {
+            by_hash = !translates;
+            if translates {
+                work.opening = 1;
+                pressure::note_opening(work.arrival.now);
+            }
+        }
+    }
     // Consumed: it concerns this packet only.
     let avoid = core::mem::replace(&mut work.avoid, NO_BACKEND);
     let created = if avoid == NO_BACKEND {
@@ -68,6 +84,9 @@ pub fn choose<F: Family>() -> Decision {
             stateless::expose(service, key);
         }
         other
+    } else if by_hash {
+        work.recording = 0;
+        select::by_hash(service, key)
     } else if stateless {
         let owners = stateless::owners(service, key);
         // A UDP packet may begin a flow or belong to one: it is taken for the latter.
@@ -191,6 +210,11 @@ fn old_owner(service: &Service, owners: &stateless::Owners) -> u32 {
 /// Source ports that are tried for a new flow before it is refused.
 const PORT_TRIES: u32 = 64;
 
+/// How many of these may take a port from a flow that nobody completes.
+const RECYCLING_TRIES: u32 = 32;
+/// How many of these may take it from one that has just begun.
+const LAST_TRIES: u32 = 4;
+
 /// Records the backend's entry of a new flow, under a source port that no other flow to this
 /// backend has. In `dnat` that is the client's own port, unless the client has a flow from it to
 /// the same backend through another VIP.
@@ -237,7 +261,14 @@ pub fn record_reply<F: Family>() -> Decision {
         1
     };
     let mut own = work.reply.forward == forward::DNAT;
-    for _ in 0..PORT_TRIES {
+    let (table, other) = if work.opening == 0 {
+        (F::flows(), F::opening())
+    } else {
+        (F::opening(), F::flows())
+    };
+    // A port that a flow of the other table has is taken too.
+    let asks_both = pressure::may_be_opening(work.arrival.now);
+    for attempt in 0..PORT_TRIES {
         let port = if own {
             client.sport
         } else {
@@ -245,9 +276,16 @@ pub fn record_reply<F: Family>() -> Decision {
         };
         own = false;
         work.reply_key.dport = port;
-        if F::flows().get_ptr(&work.reply_key).is_none() {
+        let mut taken = table.get_ptr(&work.reply_key).is_some()
+            || asks_both && other.get_ptr(&work.reply_key).is_some();
+        if taken && attempt >= PORT_TRIES - RECYCLING_TRIES {
+            // One that has just begun may be real.
+            let any = attempt >= PORT_TRIES - LAST_TRIES;
+            taken = F::recycle(u32::from(any)) == 0;
+        }
+        if !taken {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
-            if F::flows()
+            if table
                 .insert(&work.reply_key, &work.reply, u64::from(BPF_NOEXIST))
                 .is_ok()
             {
@@ -269,6 +307,10 @@ pub fn record_client<F: Family>() -> Decision {
         return NOT_OURS;
     };
     let (number, backend_number) = (work.service, work.backend);
+    let Some(backend) = maps::BACKENDS.get(backend_number) else {
+        return dropped(DropReason::NoBackend, number);
+    };
+    work.way = Way::to(backend);
     work.client = work.reply;
     work.client.src = work.reply_key.dst;
     work.client.dst = work.reply_key.src;
@@ -289,18 +331,26 @@ pub fn record_client<F: Family>() -> Decision {
         // SAFETY: a map value, aligned to 8 bytes.
         unsafe { atomic::fetch_add(&raw mut (*cursor).recorded, 1) };
     }
-    if F::flows()
+    let table = if work.opening == 0 {
+        F::flows()
+    } else {
+        F::opening()
+    };
+    if table
         .insert(&work.arrival.key, &work.client, u64::from(BPF_NOEXIST))
         .is_err()
     {
         // Full, or another CPU was faster with a packet of the same flow; the sender repeats this
         // one.
         if forward::translates(work.client.forward) {
-            let _ = F::flows().remove(&work.reply_key);
+            let _ = table.remove(&work.reply_key);
         }
         return dropped(DropReason::TableFull, number);
     }
-    count_flow(backend_number, work.client.state, 1);
+    // What is half open, and may be pushed out at any time, is not counted as a connection yet.
+    if work.opening == 0 {
+        count_flow(backend_number, work.client.state, 1);
+    }
     // One that is recorded in the middle was counted when it began.
     if matches!(work.client.state, state::UDP | state::SYN_SENT) {
         stats::count_connection(number, backend_number);

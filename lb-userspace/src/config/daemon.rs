@@ -14,6 +14,9 @@ use std::{
     path::PathBuf,
 };
 
+/// Least of `new_flows_per_cpu`: the data plane counts in windows of a fourteenth of a second.
+const NEW_FLOWS_MIN: u32 = 100;
+
 /// Longest path of a unix socket: `sun_path` of `sockaddr_un` without its closing zero.
 const SOCKET_PATH_MAX: usize = 107;
 /// Longest name of an interface: `IFNAMSIZ` without its closing zero.
@@ -367,6 +370,8 @@ impl Limits {
         fragments: 8192,
         clients: 65536,
         prefixes: 65536,
+        opening: 131_072,
+        new_flows_per_cpu: 125_000,
     };
     // Map sizes and numbers in the maps are 32 bits wide; above these the memory is no longer
     // that of one machine.
@@ -379,6 +384,8 @@ impl Limits {
         fragments: 1 << 24,
         clients: 1 << 28,
         prefixes: 1 << 24,
+        opening: 1 << 28,
+        new_flows_per_cpu: 1 << 30,
     };
 }
 
@@ -402,6 +409,8 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
         "fragments",
         "clients",
         "prefixes",
+        "opening",
+        "new_flows_per_cpu",
     ])?;
     let limit = |key, default, largest| match section.get(key) {
         None => Ok(default),
@@ -423,6 +432,18 @@ pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
         fragments: limit("fragments", default.fragments, largest.fragments)?,
         clients: limit("clients", default.clients, largest.clients)?,
         prefixes: limit("prefixes", default.prefixes, largest.prefixes)?,
+        opening: limit("opening", default.opening, largest.opening)?,
+        new_flows_per_cpu: match section.get("new_flows_per_cpu") {
+            None => default.new_flows_per_cpu,
+            Some(entry) => match entry.integer(0, largest.new_flows_per_cpu)? {
+                1..NEW_FLOWS_MIN => {
+                    return Err(entry.error(format!(
+                        "new_flows_per_cpu is too small; choose {NEW_FLOWS_MIN} or more, or 0 for no limit"
+                    )));
+                }
+                rate => rate,
+            },
+        },
     };
     Ok((limits, section.offset))
 }

@@ -126,6 +126,11 @@ pub struct Limits {
     pub clients: u32,
     /// Prefixes of each address family in all allow and deny lists together.
     pub prefixes: u32,
+    /// Entries of each family's table of half-open flows that began under pressure.
+    pub opening: u32,
+    /// New flows a second that each CPU lets into the flow table; 0: as many as come. No size of a
+    /// map, so a reload may change it.
+    pub new_flows_per_cpu: u32,
 }
 
 /// One `[[service]]`.

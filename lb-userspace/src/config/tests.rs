@@ -59,6 +59,8 @@ fn the_minimal_example_has_the_documented_defaults() {
             fragments: 8192,
             clients: 65536,
             prefixes: 65536,
+            opening: 131_072,
+            new_flows_per_cpu: 125_000,
         },
         services: vec![Service {
             name: "web".to_owned(),

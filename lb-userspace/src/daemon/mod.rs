@@ -92,6 +92,8 @@ struct Daemon {
     retiring: HashMap<(ServiceKey, SocketAddr), Instant>,
     /// Drops of the kinds that are warned of, and when.
     warned: HashMap<DropReason, (u64, Option<Instant>)>,
+    /// Flows that began under pressure, and when that was warned of.
+    pressed: Option<(u64, Option<Instant>)>,
     started: Instant,
     /// Why the last reload was refused, if it was.
     reload_error: Option<String>,
@@ -488,7 +490,7 @@ impl Daemon {
     fn replace_config(&mut self) -> Result<(), Failure> {
         let config = Config::load(&self.file).map_err(|e| Failure::refused(e.to_string()))?;
         self.unchangeable(&config).map_err(Failure::refused)?;
-        start::settings(&config.daemon).map_err(|e| Failure::refused(format!("{e:#}")))?;
+        start::settings(&config).map_err(|e| Failure::refused(format!("{e:#}")))?;
         let before = std::mem::replace(&mut self.config, config);
         match self.take_up(&before) {
             Ok(()) => {
@@ -525,7 +527,11 @@ impl Daemon {
                 ));
             }
         }
-        if self.config.limits != config.limits {
+        let sizes = |limits: &config::Limits| config::Limits {
+            new_flows_per_cpu: 0,
+            ..*limits
+        };
+        if sizes(&self.config.limits) != sizes(&config.limits) {
             return Err(format!(
                 "{file}: limits are fixed when the maps are made; to change them: sluice stop, \
                  sluice detach, sluice run"
@@ -536,7 +542,7 @@ impl Daemon {
 
     /// Puts `self.config` into force where `before` was.
     fn take_up(&mut self, before: &Config) -> Result<()> {
-        let settings = start::settings(&self.config.daemon)?;
+        let settings = start::settings(&self.config)?;
         for name in self.config.daemon.interfaces.clone() {
             self.attach(&name)?;
         }
@@ -831,6 +837,7 @@ impl Daemon {
         }
         self.retire();
         self.warn_of_drops();
+        self.warn_of_pressure();
     }
 
     /// Forgets backends that were removed from the configuration and have no flow left.
@@ -892,6 +899,14 @@ impl Daemon {
                 DropReason::PortExhausted,
                 "widen daemon.nat_ports or add backends",
             ),
+            (
+                DropReason::BackendFull,
+                "add backends or raise their max_connections",
+            ),
+            (
+                DropReason::RateLimited,
+                "\"sluice map dump sources4\" shows whose; raise max_new_per_source if they may",
+            ),
         ] {
             let Ok(count) = self.dataplane.maps.drops.sum(reason as u32) else {
                 continue;
@@ -904,6 +919,24 @@ impl Daemon {
             } else {
                 self.warned.entry(reason).or_insert((count, None));
             }
+        }
+    }
+
+    /// Warns of new flows that came faster than the CPUs may record them.
+    fn warn_of_pressure(&mut self) {
+        let Ok(pressure) = self.dataplane.maps.pressure.sum(0) else {
+            return;
+        };
+        let (before, at) = self.pressed.unwrap_or((pressure.flows, None));
+        if pressure.flows > before && at.is_none_or(|at| at.elapsed() >= WARN_INTERVAL) {
+            warn!(
+                "{} new flows came faster than limits.new_flows_per_cpu; connections that live are \
+                 not affected",
+                pressure.flows - before
+            );
+            self.pressed = Some((pressure.flows, Some(Instant::now())));
+        } else {
+            self.pressed = Some((before, at));
         }
     }
 

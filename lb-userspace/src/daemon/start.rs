@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     api::server::Server,
-    config::{self, Config},
+    config::Config,
     dataplane::{self, Dataplane},
     health::{self, Checker},
     model::{BackendKey, Inherited, Model, ServiceKey, State, successions},
@@ -72,7 +72,7 @@ async fn serve(file: &Path, config: Config) -> Result<()> {
     if let Err(error) = health::raise_open_files() {
         warn!("cannot raise the limit of open files: {error}");
     }
-    let dataplane = Dataplane::open(&config.daemon, &config.limits, settings(&config.daemon)?)?;
+    let dataplane = Dataplane::open(&config.daemon, &config.limits, settings(&config)?)?;
     let adopted = dataplane.adopted();
     let pin_path = config.daemon.pin_path.clone();
     let (jobs, job_events) = mpsc::channel(64);
@@ -149,6 +149,7 @@ async fn prepare(
         dirty: HashSet::new(),
         retiring: HashMap::new(),
         warned: HashMap::new(),
+        pressed: None,
         started,
         reload_error: None,
         ended: false,
@@ -188,7 +189,7 @@ async fn prepare(
     daemon.dirty.clear();
     daemon.warn_of_taken_ports();
     daemon.warn_of_answers_past_us();
-    daemon.announce_settings(settings(&daemon.config.daemon)?)?;
+    daemon.announce_settings(settings(&daemon.config)?)?;
     daemon.serve_clients()?;
     // Last: the first packet finds everything in place.
     for name in daemon.config.daemon.interfaces.clone() {
@@ -252,7 +253,8 @@ async fn first_look(daemon: &mut Daemon, events: &mut Events) {
 }
 
 /// What is common to all packets, as configured.
-pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
+pub(super) fn settings(config: &Config) -> Result<Settings> {
+    let daemon = &config.daemon;
     let ephemeral = neigh::ephemeral_port_range()
         .context("cannot read net.ipv4.ip_local_port_range; set daemon.nat_ports")?;
     let (first, last) = match daemon.nat_ports {
@@ -288,6 +290,7 @@ pub(super) fn settings(daemon: &config::Daemon) -> Result<Settings> {
         nat_port_first: first,
         nat_port_last: last,
         nat_port_seed: RandomState::new().hash_one(std::process::id()) as u32,
+        new_flows: config.limits.new_flows_per_cpu,
         ..bytemuck::Zeroable::zeroed()
     })
 }

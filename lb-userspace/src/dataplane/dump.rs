@@ -56,6 +56,7 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
                 "nat_sources4": s.nat_sources4,
                 "nat_sources6": s.nat_sources6,
                 "gue_port": u16::from_be(s.gue_port),
+                "new_flows": s.new_flows,
                 "encap_source4": addr::to_ip(addr::FAMILY_V4, &[s.encap_source4, 0, 0, 0]),
                 "encap_mask4": addr::to_ip(addr::FAMILY_V4, &[s.encap_mask4, 0, 0, 0]),
                 "encap_source6": addr::to_ip(addr::FAMILY_V6, &s.encap_source6),
@@ -91,6 +92,14 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         ),
         "flows4" => hash(&maps.flows4, emit, flow),
         "flows6" => hash(&maps.flows6, emit, flow),
+        "opening4" => hash(&maps.opening4, emit, flow),
+        "opening6" => hash(&maps.opening6, emit, flow),
+        "last_opening" => array(
+            &maps.last_opening,
+            emit,
+            |_, tick: u32| json!({"tick": tick}),
+        ),
+        "pressure" => counters(&maps.pressure, emit, |_, p| json!({"flows": p.flows})),
         "fragments4" => hash(&maps.fragments4, emit, |key, datagram| {
             let id = u16::from_ne_bytes([key.id.to_ne_bytes()[0], key.id.to_ne_bytes()[1]]);
             fragment(key, u32::from(u16::from_be(id)), datagram)

@@ -9,7 +9,7 @@ use crate::api::types::MapStatus;
 use anyhow::{Context as _, Result};
 use bytemuck::Pod;
 use lb_common::{
-    abi::Settings,
+    abi::{Pressure, Settings},
     backend::{Backend, Load, Slot},
     client::{AccessKey, Affinity, ClientKey, Source},
     flow::{Flow, FlowKey},
@@ -100,6 +100,14 @@ maps! {
     flows4: HashMap<FlowKey<u32>, Flow<u32>>,
     /// IPv6 flows.
     flows6: HashMap<FlowKey<V6>, Flow<V6>>,
+    /// IPv4 flows that began under pressure and are half open.
+    opening4: HashMap<FlowKey<u32>, Flow<u32>>,
+    /// IPv6 flows that began under pressure and are half open.
+    opening6: HashMap<FlowKey<V6>, Flow<V6>>,
+    /// Tick at which the last of these began.
+    last_opening: SharedArray<u32>,
+    /// How fast flows begin on each CPU.
+    pressure: PerCpuArray<Pressure>,
     /// Fragmented datagrams in IPv4.
     fragments4: HashMap<FragmentKey<u32>, Datagram<u32>>,
     /// Fragmented datagrams in IPv6.

@@ -31,6 +31,8 @@ const LIMITS: Limits = Limits {
     fragments: 512,
     clients: 512,
     prefixes: 512,
+    opening: 512,
+    new_flows_per_cpu: 0,
 };
 
 fn root() -> bool {

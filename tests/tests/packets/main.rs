@@ -16,6 +16,7 @@ mod mutations;
 mod nat;
 mod neighbour;
 mod passthrough;
+mod pressure;
 mod rare;
 mod refusal;
 mod retry;
