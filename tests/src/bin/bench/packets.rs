@@ -65,7 +65,7 @@ struct Size {
 }
 
 const FULL: Size = Size {
-    rounds: 9,
+    rounds: 5,
     packets: 100_000,
     new: 10_000,
     room: 1_310_720,
