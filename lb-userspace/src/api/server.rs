@@ -663,6 +663,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn backends_are_taken_out_by_name_and_by_address() {
+        let running = Running::start().await;
+        let client = running.client();
+        for (service, backend) in [("web", "app1"), ("198.51.100.10:80/tcp", "10.0.0.11:3001")] {
+            let now = client.set_admin(service, backend, Admin::Drain).await;
+            let now = now.unwrap();
+            assert_eq!((now.name.as_str(), now.admin.as_str()), ("app1", "drain"));
+            assert_eq!(client.open_flows(service, backend).await.unwrap().open, 3);
+        }
+        let error = client.set_admin("web", "app9", Admin::Maint).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.starts_with("backend \"app9\": not one of"), "{error}");
+        let path = "/v1/services/web/backends/app1/maint";
+        assert_eq!(running.over_tcp("POST", path).await.0, 403);
+        running.finish().await;
+    }
+
+    #[tokio::test]
     async fn connections_are_filtered_and_bad_filters_named() {
         let running = Running::start().await;
         let client = running.client();
