@@ -20,6 +20,8 @@ const FALL: u32 = 3;
 const COUNT_MAX: u32 = 65_535;
 const FLAP_LIMIT: u32 = 4;
 const FLAP_WINDOW: Duration = Duration::from_secs(600);
+const EJECT_AFTER: u32 = 5;
+const EJECT_TIME: Duration = Duration::from_secs(10);
 const JITTER: u32 = 10;
 const JITTER_MAX: u32 = 50;
 const STATUS: (u16, u16) = (100, 599);
@@ -56,6 +58,11 @@ pub struct Health {
     pub flap_limit: u32,
     /// See `flap_limit`.
     pub flap_window: Duration,
+    /// Connections that a backend may leave unanswered or refuse within two seconds before it is
+    /// ejected; 0: as many as it likes.
+    pub eject_after: u32,
+    /// For how long it is ejected the first time.
+    pub eject_time: Duration,
     /// How the backend's agent is asked beside the check.
     pub agent: Option<Arc<Health>>,
 }
@@ -76,6 +83,8 @@ impl Default for Health {
             start: Start::Unknown,
             flap_limit: FLAP_LIMIT,
             flap_window: FLAP_WINDOW,
+            eject_after: EJECT_AFTER,
+            eject_time: EJECT_TIME,
             agent: None,
         }
     }
@@ -343,7 +352,7 @@ const SPECIFIC: [(&str, &[Kind]); 21] = {
 };
 
 /// Keys that every check uses.
-const GENERAL: [&str; 12] = [
+const GENERAL: [&str; 14] = [
     "type",
     "interval",
     "fast_interval",
@@ -355,6 +364,8 @@ const GENERAL: [&str; 12] = [
     "start",
     "flap_limit",
     "flap_window",
+    "eject_after",
+    "eject_time",
     "agent_port",
 ];
 
@@ -394,6 +405,8 @@ pub(super) struct HealthOptions {
     start: Option<At<Start>>,
     flap_limit: Option<At<u32>>,
     flap_window: Option<At<Duration>>,
+    eject_after: Option<At<u32>>,
+    eject_time: Option<At<Duration>>,
     agent_port: Option<At<u16>>,
 }
 
@@ -488,6 +501,8 @@ impl HealthOptions {
             start: parsed(&section, "start", "unknown", start)?,
             flap_limit: number("flap_limit", 0, COUNT_MAX)?,
             flap_window: time("flap_window", "10m")?,
+            eject_after: number("eject_after", 0, COUNT_MAX)?,
+            eject_time: time("eject_time", "10s")?,
             agent_port: port("agent_port")?,
         })
     }
@@ -536,6 +551,8 @@ impl HealthOptions {
             start,
             flap_limit,
             flap_window,
+            eject_after,
+            eject_time,
             agent_port
         )
     }
@@ -645,6 +662,8 @@ impl HealthOptions {
             start: value_or(&self.start, Start::Unknown),
             flap_limit: value_or(&self.flap_limit, FLAP_LIMIT),
             flap_window: value_or(&self.flap_window, FLAP_WINDOW),
+            eject_after: value_or(&self.eject_after, EJECT_AFTER),
+            eject_time: value_or(&self.eject_time, EJECT_TIME),
             agent: None,
         };
         if let Some(at) = &self.agent_port

@@ -124,6 +124,8 @@ fn the_full_example_says_what_it_says() {
             start: Start::Unknown,
             flap_limit: 4,
             flap_window: Duration::from_secs(600),
+            eject_after: 5,
+            eject_time: Duration::from_secs(10),
             agent: web.health.agent.clone(),
         }
     );

@@ -10,6 +10,7 @@ mod control;
 mod hook;
 mod probes;
 mod start;
+mod traffic;
 mod views;
 
 use crate::{
@@ -78,6 +79,7 @@ struct Daemon {
     reconciler: Reconciler,
     checker: Checker<CheckKey>,
     hook: hook::Hook,
+    traffic: traffic::Traffic,
     probes: Probes,
     neighbours: Neighbours,
     /// The way to each address, as the data plane needs it.
@@ -196,6 +198,7 @@ impl Daemon {
         for change in self.model.tick(Instant::now()) {
             self.note(Some(change));
         }
+        self.watch_traffic();
     }
 
     /// What the operator wants of a backend; new flows follow it when this returns.

@@ -141,6 +141,7 @@ async fn prepare(
         reconciler,
         checker,
         hook: Hook::spawn(hook::TIMEOUT),
+        traffic: super::traffic::Traffic::default(),
         probes: Probes::default(),
         neighbours,
         hops: HashMap::new(),

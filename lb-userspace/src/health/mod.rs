@@ -29,7 +29,7 @@ use std::{
 
 use tokio::{
     runtime,
-    sync::{Semaphore, mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     task::AbortHandle,
     time::{Instant, sleep_until},
 };
@@ -93,6 +93,8 @@ struct Running {
     health: Arc<Health>,
     environment: Vec<(&'static str, String)>,
     pace: watch::Sender<Pace>,
+    /// Has it checked now.
+    ask: Arc<Notify>,
     task: AbortHandle,
 }
 
@@ -185,11 +187,13 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
                 environment,
             } = target;
             let (pace, paces) = watch::channel(Pace::Steady);
+            let ask = Arc::new(Notify::new());
             let run = run(
                 id.clone(),
                 Probe::new(address, via, &health, &environment),
                 Rhythm::new(&health, seed),
                 paces,
+                ask.clone(),
                 now + spacing * position,
                 self.shared.clone(),
             );
@@ -199,6 +203,7 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
                 health,
                 environment,
                 pace,
+                ask,
                 task: self.runtime.spawn(run).abort_handle(),
             };
             self.running.insert(id, running);
@@ -215,6 +220,15 @@ impl<K: Clone + Eq + Hash + Send + Sync + 'static> Checker<K> {
     }
 }
 
+impl<K: Eq + Hash> Checker<K> {
+    /// Checks `id` now, whenever its next check would be.
+    pub fn ask_now(&self, id: &K) {
+        if let Some(running) = self.running.get(id) {
+            running.ask.notify_one();
+        }
+    }
+}
+
 impl Running {
     /// Whether this check serves the target as it is now. Rise, fall and start are not ours.
     fn keeps<K>(&self, target: &Target<K>) -> bool {
@@ -224,6 +238,8 @@ impl Running {
             start: Start::Unknown,
             flap_limit: 0,
             flap_window: Duration::ZERO,
+            eject_after: 0,
+            eject_time: Duration::ZERO,
             agent: None,
             ..health.clone()
         };
@@ -241,6 +257,7 @@ async fn run<K: Clone>(
     probe: Probe,
     mut rhythm: Rhythm,
     mut pace: watch::Receiver<Pace>,
+    ask: Arc<Notify>,
     first: Instant,
     shared: Arc<Shared<K>>,
 ) {
@@ -270,6 +287,7 @@ async fn run<K: Clone>(
             let now = *pace.borrow_and_update();
             tokio::select! {
                 () = sleep_until(started + rhythm.pause(now)) => break,
+                () = ask.notified() => break,
                 changed = pace.changed() => if changed.is_err() {
                     return;
                 },

@@ -138,6 +138,16 @@ pub enum Path {
     Blocked(String),
 }
 
+/// Most times that a backend is ejected for longer than the last time, and by how much.
+const EJECTIONS: u32 = 10;
+
+/// A backend is taken for dead because of what its clients meet.
+#[derive(Clone, Debug)]
+struct Ejection {
+    until: Instant,
+    reason: String,
+}
+
 /// What an earlier daemon left in the maps about a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inherited {
@@ -213,6 +223,11 @@ pub struct Backend {
     cold: bool,
     /// When a slow start began, and the percent of the weight that it has come to.
     rising: Option<(Instant, u32)>,
+    /// What traffic says of it, whatever checks find.
+    ejection: Option<Ejection>,
+    /// How often it was ejected of late, and when that last ended.
+    ejections: u32,
+    returned: Option<Instant>,
     /// Results in a row that speak against `verdict`.
     against: u32,
     last: Option<CheckResult>,
@@ -248,6 +263,9 @@ impl Backend {
             warm,
             cold: true,
             rising: None,
+            ejection: None,
+            ejections: 0,
+            returned: None,
             against: 0,
             last: None,
             inherited: false,
@@ -376,6 +394,9 @@ impl Backend {
             Path::Pending => return "next hop not known yet".to_owned(),
             Path::Open => {}
         }
+        if let Some(ejection) = &self.ejection {
+            return ejection.reason.clone();
+        }
         if self.agent.down && *self.check() != Check::Agent {
             return format!("its agent says it is down{comment}");
         }
@@ -499,11 +520,43 @@ impl Backend {
     pub(super) fn is_ticking(&self) -> bool {
         let draining = self.drained.is_some() && !self.expired;
         let limited = draining && self.rules.drain_timeout.is_some();
-        self.rising.is_some() || limited || !self.falls.is_empty()
+        self.rising.is_some() || limited || !self.falls.is_empty() || self.ejection.is_some()
+    }
+
+    /// Whether it may be ejected for so many failures of late.
+    pub(super) fn is_failing(&self, failures: u64) -> bool {
+        let threshold = u64::from(self.config.health.eject_after);
+        threshold != 0 && failures >= threshold && self.state == State::Up
+    }
+
+    /// It does not answer its clients, or refuses them: it is down for a time that grows.
+    pub(super) fn eject(&mut self, failures: u64, now: Instant) {
+        let time = self.config.health.eject_time;
+        if self
+            .returned
+            .is_some_and(|at| now.duration_since(at) >= time * EJECTIONS)
+        {
+            self.ejections = 0;
+        }
+        self.ejections = (self.ejections + 1).min(EJECTIONS);
+        let time = time * (1 << (self.ejections - 1)).min(EJECTIONS);
+        self.ejection = Some(Ejection {
+            until: now + time,
+            reason: format!(
+                "L4TOUT {failures} connections of clients unanswered or refused; ejected for {}",
+                config::Human(time)
+            ),
+        });
+        self.settle(now);
     }
 
     /// Time went by.
     pub(super) fn tick(&mut self, now: Instant) {
+        if self.ejection.as_ref().is_some_and(|e| now >= e.until) {
+            self.ejection = None;
+            self.returned = Some(now);
+            self.settle(now);
+        }
         let window = self.config.health.flap_window;
         while let Some(first) = self.falls.front()
             && now.duration_since(*first) >= window
@@ -571,6 +624,7 @@ impl Backend {
     /// Derives the state from all that is known.
     fn settle(&mut self, now: Instant) {
         let verdict = match self.check() {
+            _ if self.ejection.is_some() => Verdict::Bad,
             // The agent's word counts at once, whatever the check finds.
             _ if self.agent.down => Verdict::Bad,
             Check::None => Verdict::Good,

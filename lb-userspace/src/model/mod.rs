@@ -298,6 +298,30 @@ impl Model {
         self.change(key, |backend| backend.agent_result(result, now))
     }
 
+    /// So many of the connections that went to `key` of late were not answered, or refused. It is
+    /// ejected if that is too many, and at least half of the service's backends stay up without it.
+    pub fn failed_in_traffic(
+        &mut self,
+        key: BackendKey,
+        failures: u64,
+        now: Instant,
+    ) -> Option<Change> {
+        if !self.backend(key)?.is_failing(failures) {
+            return None;
+        }
+        let service = self.services.iter().find(|s| s.key() == key.service)?;
+        let health: Vec<bool> = service
+            .backends
+            .iter()
+            .filter_map(Backend::health)
+            .collect();
+        let up = health.iter().filter(|up| **up).count();
+        if (up - up.min(1)) * 2 < health.len() {
+            return None;
+        }
+        self.change(key, |backend| backend.eject(failures, now))
+    }
+
     /// Time went by: weights rise, and the time for flows of drained backends ends.
     pub fn tick(&mut self, now: Instant) -> Vec<Change> {
         let mut changes = Vec::new();

@@ -486,6 +486,12 @@ impl Reconciler {
             .collect()
     }
 
+    /// All backends in use have a number below this.
+    #[must_use]
+    pub const fn backend_numbers_end(&self) -> u32 {
+        self.backend_numbers.used + 1
+    }
+
     /// The number of a backend.
     #[must_use]
     pub fn backend_number(&self, id: &ServiceKey, address: &SocketAddr) -> Option<u32> {

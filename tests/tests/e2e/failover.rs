@@ -1,7 +1,8 @@
 //! Backends that die and return.
 
-use crate::support::{get, vips, web_topology};
-use sluice_tests::topology::{Options, wait_until};
+use crate::support::{get, service, vips, web_topology};
+use sluice_tests::topology::{Options, Topology, wait_until};
+use std::thread;
 
 #[test]
 fn a_dead_backend_leaves_and_a_healed_one_returns() {
@@ -118,4 +119,73 @@ fn a_backend_whose_host_disappears_is_noticed() {
             get(vips(80)[0], "/").is_ok_and(|b| b.trim() == "b1")
         })
     });
+}
+
+/// A service whose backends are asked once a minute, so that whatever is noticed is noticed from traffic.
+fn rarely_checked(topology: &Topology) -> u32 {
+    topology.nginx("b1");
+    topology.nginx("b3");
+    let server = topology.nginx("b2");
+    let health = "[service.health]\ntype = \"tcp\"\ninterval = \"60s\"\ntimeout = \"500ms\"\n\
+                  rise = 1\nfall = 2\neject_after = 3\n";
+    let [v4, v6] = vips(80);
+    let text = topology.daemon_section()
+        + &service(topology, "web", "tcp", v4, (3, 8080), "", health)
+        + &service(topology, "web6", "tcp", v6, (3, 8080), "", health);
+    let config = topology.config("sluice.toml", &text);
+    topology.daemon(&config);
+    topology.wait_backends_up(None, 6);
+    server
+}
+
+/// Thirty requests at once to each VIP, none of which may fail.
+fn all_are_answered(topology: &Topology, by: [&'static str; 2]) {
+    for vip in vips(80) {
+        topology.on("client", move || {
+            let clients: Vec<_> = (0..30)
+                .map(|n| (n, thread::spawn(move || get(vip, "/"))))
+                .collect();
+            for (n, client) in clients {
+                let answer = client.join().expect("no panic");
+                let body = answer.unwrap_or_else(|e| panic!("request {n} to {vip}: {e}"));
+                assert!(by.contains(&body.trim()), "{body} answered");
+            }
+        });
+    }
+}
+
+/// The backend is down, for what its clients met.
+fn is_ejected(topology: &Topology, name: &str) {
+    for service in ["web", "web6"] {
+        wait_until("the backend to be ejected", || {
+            let list = topology.json(&["backend", "list", service]);
+            let backends = list.as_array().expect("a list");
+            let down = backends
+                .iter()
+                .find(|b| b["name"] == name)
+                .expect("it is listed");
+            let reason = down["reason"].as_str().unwrap_or_default();
+            down["state"] == "down" && (reason.contains("ejected") || reason.starts_with("L4"))
+        });
+    }
+}
+
+#[test]
+fn no_request_fails_when_a_process_dies_between_two_checks() {
+    let topology = Topology::new(Options::default());
+    let server = rarely_checked(&topology);
+    topology.kill(server);
+    all_are_answered(&topology, ["b1", "b3"]);
+    is_ejected(&topology, "b2");
+}
+
+#[test]
+fn no_request_fails_when_a_host_dies_between_two_checks() {
+    let topology = Topology::new(Options::default());
+    rarely_checked(&topology);
+    topology
+        .run("b2", "ip", &["link", "set", "eth0", "down"])
+        .ok();
+    all_are_answered(&topology, ["b1", "b3"]);
+    is_ejected(&topology, "b2");
 }

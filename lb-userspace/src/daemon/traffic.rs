@@ -1,0 +1,119 @@
+//! Noticed from traffic: backends that do not answer, or refuse, are checked at once and, past a
+//! threshold, ejected. See `docs/failover.md`.
+
+use super::{CheckKey, Daemon};
+use crate::model::BackendKey;
+use lb_common::backend::Load;
+use std::{
+    collections::{HashMap, VecDeque},
+    mem::offset_of,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+/// Failures older than this count no more.
+const WINDOW: Duration = Duration::from_secs(2);
+
+/// Shortest time between two checks of a backend that traffic asks for.
+const ASK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What the data plane's counters said of each backend so far.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    /// The counters when they were last looked at, by backend number.
+    counted: Vec<u64>,
+    failing: HashMap<BackendKey, Failing>,
+}
+
+/// A backend that failed of late.
+#[derive(Debug, Default)]
+struct Failing {
+    /// How often, and when that was noticed.
+    failures: VecDeque<(Instant, u64)>,
+    asked: Option<Instant>,
+}
+
+impl Failing {
+    /// Takes new failures; returns all within the window.
+    fn add(&mut self, new: u64, now: Instant) -> u64 {
+        while let Some((at, _)) = self.failures.front()
+            && now.duration_since(*at) >= WINDOW
+        {
+            self.failures.pop_front();
+        }
+        self.failures.push_back((now, new));
+        self.failures.iter().map(|(_, count)| count).sum()
+    }
+
+    /// Whether it is time for a check.
+    fn ask(&mut self, now: Instant) -> bool {
+        let due = self
+            .asked
+            .is_none_or(|at| now.duration_since(at) >= ASK_INTERVAL);
+        if due {
+            self.asked = Some(now);
+        }
+        due
+    }
+}
+
+impl Daemon {
+    /// Looks at what the data plane has counted: two words for each backend.
+    pub(super) fn watch_traffic(&mut self) {
+        let now = Instant::now();
+        let load = &self.dataplane.maps.backend_load;
+        let end = self.reconciler.backend_numbers_end().min(load.len());
+        let counter = |number, offset| load.atomic_u64(number, offset).load(Ordering::Relaxed);
+        let mut news = HashMap::new();
+        self.traffic.counted.resize(end as usize, 0);
+        for number in 1..end {
+            let counted = counter(number, offset_of!(Load, retries))
+                + counter(number, offset_of!(Load, resets));
+            let before = std::mem::replace(&mut self.traffic.counted[number as usize], counted);
+            // Lower: the number has been given to another backend.
+            if counted > before {
+                news.insert(number, counted - before);
+            }
+        }
+        if news.is_empty() {
+            return;
+        }
+        let failed: Vec<(BackendKey, u64)> = self
+            .model
+            .backends()
+            .filter_map(|(key, _)| {
+                let number = self.reconciler.backend_number(&key.service, &key.address)?;
+                Some((key, *news.get(&number)?))
+            })
+            .collect();
+        self.traffic
+            .failing
+            .retain(|_, failing| matches!(failing.failures.back(), Some((at, _)) if now.duration_since(*at) < WINDOW));
+        for (backend, new) in failed {
+            let failing = self.traffic.failing.entry(backend).or_default();
+            let failures = failing.add(new, now);
+            if failing.ask(now) {
+                let agent = false;
+                self.checker.ask_now(&CheckKey { backend, agent });
+            }
+            let change = self.model.failed_in_traffic(backend, failures, now);
+            self.note(change);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_count_for_as_long_as_the_window() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut failing = Failing::default();
+        assert_eq!(failing.add(2, at(100)), 2);
+        assert_eq!(failing.add(1, at(1000)), 3);
+        assert_eq!(failing.add(1, at(2100)), 2, "the first two are too old");
+        assert!(failing.ask(at(0)) && !failing.ask(at(499)) && failing.ask(at(500)));
+    }
+}
