@@ -115,6 +115,13 @@ impl Balancer {
         apply::apply(&self.dataplane.maps, &ops)
     }
 
+    /// Lets no more than this many new flows a second into the flow table, on each CPU; 0: as many as come.
+    pub fn limit_new_flows(&self, new_flows: u32) {
+        let settings = &self.dataplane.maps.settings;
+        let now = settings.read(0);
+        settings.store(0, Settings { new_flows, ..now });
+    }
+
     /// Everything counted so far, of all services; drops also of packets that no service was found for.
     pub fn counters(&self) -> Result<Counters> {
         let stats = &self.dataplane.maps.service_stats;

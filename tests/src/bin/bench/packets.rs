@@ -22,6 +22,9 @@ use serde_json::json;
 use sluice::config::Protocol;
 use std::time::Duration;
 
+/// New flows that each CPU records in a second while there is a flood: the default of `limits.new_flows_per_cpu`.
+const NEW_FLOWS: u32 = 125_000;
+
 /// Backends of a service.
 const BACKENDS: u32 = 100;
 
@@ -807,6 +810,9 @@ impl Bench {
             _ => Ok(Counters::default()),
         };
         let before = counters(balancer)?;
+        if let (Counts::Flood, Some(balancer)) = (case.expected.counts, balancer) {
+            balancer.limit_new_flows(NEW_FLOWS);
+        }
         let bytes = &case.frame.bytes;
         let call_cost = self.call_cost;
         let run = if case.wrapped {
@@ -826,6 +832,9 @@ impl Bench {
             };
             wrapper::run(program, bytes, packets, call_cost)?
         };
+        if let Some(balancer) = balancer {
+            balancer.limit_new_flows(0);
+        }
         let after = counters(balancer)?;
         let wrong = case
             .expected
