@@ -7,6 +7,10 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -194,17 +198,18 @@ fn datagrams_are_answered_by_the_vip() {
         SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 9000),
         SocketAddr::new(net.v6("lb").into(), 9000),
     ];
-    let patience = Some(Duration::from_secs(20));
+    let stop = Arc::new(AtomicBool::new(false));
     let servers = backends.map(|address| {
         let socket = net.on("lb", move || UdpSocket::bind(address).expect("a socket"));
-        // The daemon's start is in it.
-        let patience = Some(Duration::from_secs(120));
-        socket.set_read_timeout(patience).expect("a timeout");
+        let pause = Some(Duration::from_millis(50));
+        socket.set_read_timeout(pause).expect("a timeout");
+        let stop = stop.clone();
         std::thread::spawn(move || {
-            for _ in LENGTHS {
-                let mut buffer = [0; 2048];
-                let (got, client) = socket.recv_from(&mut buffer).expect("a datagram");
-                socket.send_to(&buffer[..got], client).expect("it leaves");
+            let mut buffer = [0; 2048];
+            while !stop.load(Ordering::Relaxed) {
+                if let Ok((got, client)) = socket.recv_from(&mut buffer) {
+                    socket.send_to(&buffer[..got], client).expect("it leaves");
+                }
             }
         })
     });
@@ -227,19 +232,22 @@ fn datagrams_are_answered_by_the_vip() {
             let socket = UdpSocket::bind((own, 20000)).expect("a socket");
             // Takes datagrams of the VIP only.
             socket.connect(vip).expect("a route to the VIP");
+            let patience = Some(Duration::from_secs(1));
             socket.set_read_timeout(patience).expect("a timeout");
             for len in LENGTHS {
                 let sent: Vec<u8> = (0..len).map(|i| i as u8).collect();
-                socket.send(&sent).expect("the datagram leaves");
-                let mut buffer = [0; 2048];
-                let got = socket
-                    .recv(&mut buffer)
-                    .unwrap_or_else(|e| panic!("{len} bytes to {vip}: {e}"));
-                assert_eq!(&buffer[..got], sent, "the echo of {len} bytes");
+                // One may get lost, as anywhere; an answer that is late is to an earlier one.
+                wait_until(&format!("the echo of {len} bytes by {vip}"), || {
+                    socket.send(&sent).expect("the datagram leaves");
+                    let mut buffer = [0; 2048];
+                    let got = socket.recv(&mut buffer);
+                    got.is_ok_and(|got| buffer[..got] == sent)
+                });
             }
         });
     }
+    stop.store(true, Ordering::Relaxed);
     for server in servers {
-        server.join().expect("it answers all");
+        server.join().expect("it ends");
     }
 }
