@@ -58,7 +58,6 @@ fn answer_to(
 /// A client's connection through the balancer.
 struct Connection {
     family: Family,
-    mode: u8,
     client: (IpAddr, u16),
     /// The first bytes of what leaves: the backend's MAC address.
     backend: Vec<u8>,
@@ -86,7 +85,6 @@ impl Connection {
         let answer = forward::translates(mode).then(|| answer_to(family, TCP, mode, &frame, from));
         let connection = Self {
             family,
-            mode,
             client: from,
             backend: frame[..6].to_vec(),
             answer,
