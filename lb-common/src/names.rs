@@ -34,6 +34,7 @@ pub const ON_NO_BACKEND: Names = &[
 pub const ON_BACKEND_DOWN: Names = &[
     (service::on_backend_down::KEEP, "keep"),
     (service::on_backend_down::RESET, "reset"),
+    (service::on_backend_down::RESCHEDULE, "reschedule"),
 ];
 
 /// Words for [`state`], as `ipvsadm -lc` and `ss` write them.

@@ -211,6 +211,8 @@ pub mod on_backend_down {
     pub const KEEP: u8 = 0;
     /// TCP is answered with RST and the flow forgotten; UDP picks again.
     pub const RESET: u8 = 1;
+    /// Picks another backend.
+    pub const RESCHEDULE: u8 = 2;
 }
 
 /// Flag of [`Service::flags`]: flows are not recorded, but follow the selection table, as long as

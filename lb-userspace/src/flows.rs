@@ -12,7 +12,7 @@ use crate::{
 use anyhow::Result;
 use lb_common::{
     abi::ticks_since,
-    addr::{Address, to_ip},
+    addr::{Address, from_ipv4, from_ipv6, to_ip},
     backend::{Backend, Load, NO_BACKEND, Slot},
     client::{Affinity, ClientKey, masked},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
@@ -517,6 +517,80 @@ impl Flows {
             each_of(&self.opening6, &self.backends, &mut f)?;
         }
         Ok(())
+    }
+}
+
+impl Flows {
+    /// Removes the flows that `wanted` says of, and returns how many.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses to list or remove entries.
+    pub fn flush(&self, mut wanted: impl FnMut(&Connection) -> bool) -> Result<u64> {
+        let mut found = Vec::new();
+        self.each(|flow| {
+            if wanted(flow) {
+                found.push((u32::from(flow.protocol), flow.client, flow.vip));
+            }
+            true
+        })?;
+        let mut flushed = 0;
+        for (protocol, client, vip) in found {
+            let (sport, dport) = (client.port().to_be(), vip.port().to_be());
+            let removed = match (client.ip(), vip.ip()) {
+                (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                    let key = FlowKey {
+                        src: from_ipv4(src),
+                        dst: from_ipv4(dst),
+                        sport,
+                        dport,
+                        protocol,
+                    };
+                    self.remove([&self.flows4, &self.opening4], &key)?
+                }
+                (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                    let key = FlowKey {
+                        src: from_ipv6(src),
+                        dst: from_ipv6(dst),
+                        sport,
+                        dport,
+                        protocol,
+                    };
+                    self.remove([&self.flows6, &self.opening6], &key)?
+                }
+                _ => false,
+            };
+            flushed += u64::from(removed);
+        }
+        Ok(flushed)
+    }
+
+    /// Removes a client's flow from the first of the tables that has it; only what is in the flow
+    /// table itself is counted as a connection.
+    fn remove<A>(
+        &self,
+        [flows, opening]: [&HashMap<FlowKey<A>, Flow<A>>; 2],
+        key: &FlowKey<A>,
+    ) -> Result<bool>
+    where
+        A: Address,
+        FlowKey<A>: bytemuck::Pod,
+        Flow<A>: bytemuck::Pod,
+    {
+        if let Some(flow) = flows.take(key)? {
+            flows.remove(&flow.opposite(key.protocol))?;
+            if self.belongs(&flow) {
+                for counter in counters(flow.state) {
+                    self.add(flow.backend, counter, -1);
+                }
+            }
+            return Ok(true);
+        }
+        let Some(flow) = opening.take(key)? else {
+            return Ok(false);
+        };
+        opening.remove(&flow.opposite(key.protocol))?;
+        Ok(true)
     }
 }
 

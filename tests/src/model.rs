@@ -114,6 +114,8 @@ pub struct Model {
     flows: Vec<Flow>,
     load: BTreeMap<u32, (u64, u64)>,
     clients: Vec<Client>,
+    /// Whether the packet belonged to a flow that picks another backend.
+    moves: bool,
     /// What is known of the last packet whose flow is not recorded.
     passing: Option<Flow>,
     ports: std::ops::RangeInclusive<u16>,
@@ -216,6 +218,7 @@ impl Model {
             flows: Vec::new(),
             load: BTreeMap::new(),
             clients: Vec::new(),
+            moves: false,
             passing: None,
             ports: settings.nat_port_first..=settings.nat_port_last,
             encap4: (mask4 != 0).then_some((u32::from_be(settings.encap_source4), mask4)),
@@ -572,11 +575,13 @@ impl Model {
         let service = &self.services[flow.service as usize - 1];
         let backend = &service.backends[flow.index];
         let same = flow.generation == self.generation(flow.backend);
-        let resets = service.on_backend_down == on_backend_down::RESET;
+        let leaves = service.on_backend_down != on_backend_down::KEEP;
+        let moves = service.on_backend_down == on_backend_down::RESCHEDULE;
         let opens = opens(packet);
-        if !same || (!backend.alive && resets) {
+        if !same || (!backend.alive && leaves) {
             self.forget(n, same);
-            return if opens || flow.protocol != TCP {
+            self.moves = moves;
+            return if opens || flow.protocol != TCP || moves {
                 None
             } else {
                 Some(refused(packet, DropReason::BackendDown, flow.service))
@@ -613,13 +618,17 @@ impl Model {
             return Ok(pass(packet));
         };
         let number = n as u32 + 1;
-        if packet.protocol() == TCP && !opens(packet) {
-            if translates(self.services[n].forward) {
+        let moves = std::mem::take(&mut self.moves);
+        let begins = packet.protocol() != TCP || opens(packet);
+        if !begins {
+            if !translates(self.services[n].forward) {
+                return Ok(self.unrecorded(n, packet));
+            }
+            if !moves {
                 return Ok(refused(packet, DropReason::NoFlow, number));
             }
-            return Ok(self.unrecorded(n, packet));
         }
-        if !self.may_begin(n, packet.src) {
+        if begins && !self.may_begin(n, packet.src) {
             return Ok(dropped(DropReason::Denied, number));
         }
         let without_backend = self.services[n].on_no_backend;
@@ -674,23 +683,27 @@ impl Model {
             index,
             backend: number_of_backend,
             generation: self.generation(number_of_backend),
-            state: if packet.protocol() == TCP {
-                state::SYN_SENT
-            } else {
-                state::UDP
+            state: match flags(packet) {
+                _ if packet.protocol() != TCP => state::UDP,
+                _ if begins => state::SYN_SENT,
+                (.., true) => state::CLOSED,
+                (_, _, true, _) => state::FIN_CLIENT,
+                _ => state::ESTABLISHED,
             },
             macs: (packet.src_mac, packet.dst_mac),
             tags: packet.tags(),
             age: 0,
         };
         let load = self.load.entry(number_of_backend).or_default();
-        if packet.protocol() == TCP {
-            load.1 += 1;
-        } else {
+        if is_active(flow.state) {
             load.0 += 1;
+        } else {
+            load.1 += 1;
         }
         let mut prediction = self.to_backend(packet, &flow);
-        prediction.counts = prediction.counts.connection(number, number_of_backend);
+        if begins {
+            prediction.counts = prediction.counts.connection(number, number_of_backend);
+        }
         self.flows.push(flow);
         Ok(prediction)
     }

@@ -214,10 +214,10 @@ fn balancer(setup: &Setup) -> Balancer {
             let mut s = service(*family, *protocol, *vip, *port)
                 .scheduler(schedulers[(n + setup.first_scheduler) % 5])
                 .on_no_backend(no_backend[(n / 2) % 3])
-                .on_backend_down(if n < 4 {
-                    on_backend_down::KEEP
-                } else {
-                    on_backend_down::RESET
+                .on_backend_down(match n {
+                    0..3 => on_backend_down::KEEP,
+                    3 | 4 => on_backend_down::RESCHEDULE,
+                    _ => on_backend_down::RESET,
                 })
                 // The first backend serves all services: they share its source ports.
                 .backend(BACKEND_1, 8080, 3)

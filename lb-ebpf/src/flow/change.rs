@@ -1,11 +1,12 @@
 //! A connection changes state, or ends.
 
 use super::{Decision, FOLLOW, OVER, dropped, refused};
-use crate::{atomic, family::Family, maps, parse::TcpFlags};
+use crate::{atomic, family::Family, lookup, maps, parse::TcpFlags};
 use core::mem::offset_of;
 use lb_common::{
     abi::ticks_since,
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
+    filter::LANE_VIP,
     flow::{Flow, FlowKey, SYN_REPEATED, next_state, state},
     service::{SERVICE_PLURAL, forward, on_backend_down},
     stats::DropReason,
@@ -36,9 +37,14 @@ pub fn revise<F: Family>() -> Decision {
 
     if !alive {
         // A backend that is no longer there cannot keep its flows.
-        let reset = !known || service.is_none_or(|s| s.on_backend_down == on_backend_down::RESET);
-        if flags.opens() || (udp && reset) {
+        let rule = service.map_or(on_backend_down::RESET, |s| s.on_backend_down);
+        let reset = !known || rule != on_backend_down::KEEP;
+        let moves = rule == on_backend_down::RESCHEDULE;
+        if flags.opens() || (udp && reset) || moves {
             forget::<F>(key, flow, known);
+            // Only where the packet goes on to be placed, so that the mark meets no other.
+            let is_vip = lookup::lane_of::<F>(work.arrival.key.dst) & LANE_VIP != 0;
+            work.moves = u32::from(moves && is_vip);
             return OVER;
         }
         if reset {

@@ -101,6 +101,8 @@ pub struct Work<A> {
     pub hash: u32,
     /// VLAN tags that a packet leaves with whose link header a subprogram has written.
     pub tags: u32,
+    /// 1 if the packet belonged to a flow of a dead backend that picks another.
+    pub moves: u32,
     /// 1 if a new flow is to be recorded.
     pub recording: u32,
     /// 1 if it is to be recorded among the half-open ones.

@@ -45,7 +45,9 @@ pub fn choose<F: Family>() -> Decision {
     let opens = TcpFlags(arrival.flags).opens();
     let stateless = service.flags & SERVICE_STATELESS != 0;
     let translates = forward::translates(service.forward);
-    if !udp && !opens && translates {
+    let moves = work.moves != 0;
+    work.moves = 0;
+    if !udp && !opens && translates && !moves {
         return refused(DropReason::NoFlow, number);
     }
     if service.flags & SERVICE_GUARDED != 0 && (udp || opens) {
@@ -60,7 +62,7 @@ pub fn choose<F: Family>() -> Decision {
     if !stateless {
         // In the middle of a flow that is not recorded: its first packet came under pressure, or its
         // entry is gone. The backend knows what to make of it.
-        by_hash = !udp && !opens;
+        by_hash = !udp && !opens && !translates;
         if !by_hash && pressure::is_high(work.arrival.now) {
             by_hash = !translates;
             if translates {
@@ -95,7 +97,8 @@ pub fn choose<F: Family>() -> Decision {
         } else {
             old_owner(service, &owners)
         };
-        if old == REFUSED && !udp {
+        let reschedules = service.on_backend_down == on_backend_down::RESCHEDULE;
+        if old == REFUSED && !udp && !reschedules {
             return refused(DropReason::BackendDown, number);
         }
         // One that is with its slot's backend is found there without a record.

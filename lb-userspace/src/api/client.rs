@@ -98,6 +98,12 @@ impl Client {
             .await
     }
 
+    /// Forgets the flows that match `query`; how many there were.
+    pub async fn connection_flush(&self, query: &types::ConnectionQuery) -> Result<types::Count> {
+        let path = connection_path("/v1/connections/flush", query);
+        self.parse(&path, &self.request(Method::POST, &path).await?)
+    }
+
     /// Packets dropped, by reason.
     pub async fn drops(&self) -> Result<Vec<types::Drops>> {
         self.get("/v1/drops").await

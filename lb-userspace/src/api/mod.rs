@@ -30,6 +30,9 @@ pub trait Control: Send + Sync + 'static {
     /// How many flows pass `filter`; its limit does not count.
     fn connection_count(&self, filter: ConnectionFilter)
     -> impl Future<Output = Reply<u64>> + Send;
+    /// Forgets the flows that pass `filter`, and tells how many there were; its limit does not count.
+    fn connection_flush(&self, filter: ConnectionFilter)
+    -> impl Future<Output = Reply<u64>> + Send;
     /// Packets dropped, for every reason there is, zeros included.
     fn drops(&self) -> impl Future<Output = Reply<Vec<types::Drops>>> + Send;
     /// The daemon and what it has put into the kernel.

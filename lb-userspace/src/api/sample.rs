@@ -217,6 +217,10 @@ impl Control for Daemon {
         Ok(self.connections(all).await?.len() as u64)
     }
 
+    async fn connection_flush(&self, filter: ConnectionFilter) -> Reply<u64> {
+        self.connection_count(filter).await
+    }
+
     async fn drops(&self) -> Reply<Vec<types::Drops>> {
         Ok(drops())
     }

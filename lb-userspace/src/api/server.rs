@@ -49,7 +49,7 @@ const BACKLOG: u32 = 128;
 
 /// Every route but `/metrics`, as the OpenAPI document must list them.
 #[cfg(test)]
-const ROUTES: [(&str, &str); 13] = [
+const ROUTES: [(&str, &str); 14] = [
     ("get", "/v1/services"),
     ("get", "/v1/services/{name}"),
     ("get", "/v1/backends"),
@@ -60,6 +60,7 @@ const ROUTES: [(&str, &str); 13] = [
     ("get", "/v1/drops"),
     ("get", "/v1/status"),
     ("get", "/v1/openapi.json"),
+    ("post", "/v1/connections/flush"),
     ("post", "/v1/stop"),
     ("post", "/v1/reload"),
     ("get", "/metrics"),
@@ -260,6 +261,7 @@ fn router<C: Control>(control: Arc<C>) -> Router {
         )
         .route("/v1/connections", get(connections::<C>))
         .route("/v1/connections/count", get(connection_count::<C>))
+        .route("/v1/connections/flush", post(connection_flush::<C>))
         .route("/v1/drops", get(drops::<C>))
         .route("/v1/status", get(status::<C>))
         .route("/v1/openapi.json", get(openapi))
@@ -366,6 +368,16 @@ async fn connection_count<C: Control>(
     let Query(query) = query?;
     let filter = connection_filter(&*control, query).await?;
     let connections = control.connection_count(filter).await?;
+    Ok(Json(types::Count { connections }))
+}
+
+async fn connection_flush<C: Control>(
+    State(control): State<Arc<C>>,
+    query: Result<Query<types::ConnectionQuery>, QueryRejection>,
+) -> Reply<Json<types::Count>> {
+    let Query(query) = query?;
+    let filter = connection_filter(&*control, query).await?;
+    let connections = control.connection_flush(filter).await?;
     Ok(Json(types::Count { connections }))
 }
 

@@ -5,14 +5,15 @@ use super::{
     output::{Cell, Format, Output, Table, json},
 };
 use crate::api::types;
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 /// Connections: the flow table.
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "\
 Examples:
   sluice conn list --service web
-  sluice conn count --state ESTABLISHED")]
+  sluice conn count --state ESTABLISHED
+  sluice conn flush --backend 10.0.0.11:3001")]
 pub(super) enum Command {
     /// List connections.
     #[command(after_help = "\
@@ -40,6 +41,21 @@ Examples:
         #[command(flatten)]
         output: Output,
     },
+    /// Forget connections: their next packets are those of unknown ones.
+    #[command(after_help = "\
+Examples:
+  sluice conn flush --backend 10.0.0.11:3001
+  sluice conn flush --service dns --state UDP
+  sluice conn flush --all")]
+    Flush {
+        #[command(flatten)]
+        filter: Filter,
+        /// Every connection; needed where no filter is given.
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        output: Output,
+    },
 }
 
 /// Which connections; all that is given must match.
@@ -60,6 +76,13 @@ pub(super) struct Filter {
 }
 
 impl Filter {
+    const fn is_empty(&self) -> bool {
+        self.service.is_none()
+            && self.backend.is_none()
+            && self.client.is_none()
+            && self.state.is_none()
+    }
+
     fn query(self, limit: Option<usize>) -> types::ConnectionQuery {
         let Self {
             service,
@@ -96,6 +119,23 @@ impl Command {
                 match output.format {
                     Format::Json => json(&count),
                     // A bare number is what scripts want and people can read.
+                    Format::Table | Format::Wide => Ok(format!("{}\n", count.connections)),
+                }
+            }
+            Self::Flush {
+                filter,
+                all,
+                output,
+            } => {
+                if filter.is_empty() && !all {
+                    bail!(
+                        "nothing says which connections; give --service, --backend, --client or \
+                         --state, or --all"
+                    );
+                }
+                let count = context.client.connection_flush(&filter.query(None)).await?;
+                match output.format {
+                    Format::Json => json(&count),
                     Format::Table | Format::Wide => Ok(format!("{}\n", count.connections)),
                 }
             }

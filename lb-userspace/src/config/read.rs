@@ -117,11 +117,10 @@ impl<'a> Section<'a> {
 
     /// The value of `key`, if the file has it.
     pub(super) fn get(&self, key: &'static str) -> Option<Entry<'a, '_>> {
-        let (spanned, value) = self.table.get_key_value(key)?;
+        let value = self.table.get(key)?;
         Some(Entry {
             section: self,
             key,
-            key_offset: spanned.span().start,
             offset: value.span().start,
             value: value.get_ref(),
         })
@@ -183,7 +182,6 @@ impl<'a> Section<'a> {
 pub(super) struct Entry<'a, 's> {
     section: &'s Section<'a>,
     key: &'static str,
-    key_offset: usize,
     value: &'a DeValue<'a>,
     /// The value's place.
     pub(super) offset: usize,
@@ -198,12 +196,6 @@ impl<'a> Entry<'a, '_> {
     /// An error about this value: `KEY "VALUE" MESSAGE`.
     pub(super) fn bad(&self, text: &str, message: impl fmt::Display) -> Error {
         self.error(format!("{} {} {message}", self.key, quote(text)))
-    }
-
-    /// The error for a key or value whose feature is still to come.
-    pub(super) fn not_yet(&self, what: impl fmt::Display, remedy: impl fmt::Display) -> Error {
-        let message = format!("{what} is not supported yet; {remedy}");
-        self.section.error(self.key_offset, message)
     }
 
     /// The value with its place.

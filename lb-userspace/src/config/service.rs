@@ -370,10 +370,10 @@ fn backend(
 
 impl Options {
     fn read(section: &Section<'_>) -> Result<Self, Error> {
-        let word = |key, names: Names, later: &[&str]| {
+        let word = |key, names: Names| {
             section
                 .get(key)
-                .map(|entry| choice(&entry, key, names, later))
+                .map(|entry| choice(&entry, names))
                 .transpose()
         };
         let time = |key, example: &str| {
@@ -395,10 +395,10 @@ impl Options {
                 .transpose()
         };
         let options = Self {
-            forward: word("forward", FORWARD, &[])?,
-            scheduler: word("scheduler", SCHEDULER, &[])?,
-            on_backend_down: word("on_backend_down", ON_BACKEND_DOWN, &["reschedule"])?,
-            on_no_backend: word("on_no_backend", ON_NO_BACKEND, &[])?,
+            forward: word("forward", FORWARD)?,
+            scheduler: word("scheduler", SCHEDULER)?,
+            on_backend_down: word("on_backend_down", ON_BACKEND_DOWN)?,
+            on_no_backend: word("on_no_backend", ON_NO_BACKEND)?,
             track: section
                 .get("track")
                 .map(|entry| track(&entry))
@@ -445,17 +445,14 @@ fn track(entry: &Entry<'_, '_>) -> Result<At<bool>, Error> {
     }
 }
 
-/// One of `names`; those in `later` are known, but refused.
-fn choice(entry: &Entry<'_, '_>, key: &str, names: Names, later: &[&str]) -> Result<At<u8>, Error> {
+/// One of `names`.
+fn choice(entry: &Entry<'_, '_>, names: Names) -> Result<At<u8>, Error> {
     let words: Vec<&str> = names.iter().map(|(_, word)| *word).collect();
     let text = entry.text(words.first().copied().unwrap_or_default())?;
     if let Some(number) = number_of(names, text) {
         return Ok(entry.at(number));
     }
     let remedy = format!("use {}", words.join(" or "));
-    if later.contains(&text) {
-        return Err(entry.not_yet(format!("{key} {}", quote(text)), remedy));
-    }
     Err(match closest(text, &words) {
         Some(close) => entry.bad(text, format!("is unknown; did you mean {close}?")),
         None => entry.bad(text, format!("is unknown; {remedy}")),

@@ -173,15 +173,6 @@ fn equal_files_make_equal_configurations() {
     assert_ne!(parse(FULL), parse(&other));
 }
 
-#[test]
-fn every_later_feature_is_refused_by_name() {
-    assert_eq!(
-        service_error("on_backend_down = \"reschedule\""),
-        "lb.toml:6: service \"web\": on_backend_down \"reschedule\" is not supported yet; use keep \
-         or reset"
-    );
-}
-
 /// Services `a`, in line 5, and `b`, in line 9, that listen on the two.
 fn two_listeners(a: &str, b: &str) -> Result<Config, String> {
     parse(&format!(

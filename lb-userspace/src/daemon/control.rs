@@ -68,6 +68,11 @@ impl Control for Handle {
         beside(move || names.count(&filter)).await
     }
 
+    async fn connection_flush(&self, filter: ConnectionFilter) -> Reply<u64> {
+        let names = self.ask(|daemon| Ok(daemon.flow_names()?)).await?;
+        beside(move || names.flush(&filter)).await
+    }
+
     async fn drops(&self) -> Reply<Vec<types::Drops>> {
         self.ask(|daemon| Ok(daemon.drop_views()?)).await
     }

@@ -288,6 +288,11 @@ impl FlowNames {
         Ok(open)
     }
 
+    /// Removes the flows that pass `filter`; how many there were.
+    pub(super) fn flush(&self, filter: &ConnectionFilter) -> Result<u64> {
+        self.flows.flush(|flow| self.passes(filter, flow))
+    }
+
     fn passes(&self, filter: &ConnectionFilter, flow: &Connection) -> bool {
         let service = filter.service.as_ref().is_none_or(|wanted| {
             let service = self.services.get(&flow.service_number);

@@ -118,6 +118,14 @@ fn json_has_the_documented_fields() {
         "{count:#}"
     );
 
+    let flushed = topology.sluice(&["conn", "flush", "--state", "ESTABLISHED"]);
+    assert_eq!(flushed.ok().trim(), "1");
+    let left = list(&topology, &["conn", "list", "--state", "ESTABLISHED"]);
+    assert!(left.is_empty(), "{left:#?}");
+    let unnamed = topology.sluice(&["conn", "flush"]);
+    assert_eq!(unnamed.code, 1, "{}", unnamed.report());
+    assert!(unnamed.stderr.contains("--all"), "{}", unnamed.report());
+
     assert!(!list(&topology, &["stats"]).is_empty());
     let pins = topology.pin_path();
     let pins = pins.to_str().expect("UTF-8");

@@ -1264,3 +1264,26 @@ fn fragments_of_dnat_return_as_the_vips() {
         }
     }
 }
+
+/// Whatever comes next of a dead backend's flow goes to another, who answers for himself.
+#[test]
+fn flows_of_a_dead_backend_pick_another() {
+    for way in ways() {
+        let mut balancer = Balancer::new(vec![
+            way.service(TCP)
+                .on_backend_down(on_backend_down::RESCHEDULE)
+                .backend_of(way.outer, BACKEND_1, way.port(), 1)
+                .backend_of(way.outer, BACKEND_2, way.port(), 1),
+        ]);
+        way.open(&mut balancer, &request(way.inner, TCP));
+        balancer.change(1, |s| s.backends[0].alive = false);
+        for what in ["the next packet", "the one after it"] {
+            let sent = tcp(way.inner).from(CLIENT, 40000).to(VIP, 80).ack();
+            let outcome = balancer.send(&sent);
+            assert_eq!(outcome.verdict, Verdict::Tx, "{what}");
+            let to: Vec<u32> = outcome.counts.backends.keys().copied().collect();
+            assert_eq!(to, [2], "{what}");
+            assert!(outcome.counts.drops.is_empty(), "{what}");
+        }
+    }
+}
