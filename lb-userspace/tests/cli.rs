@@ -190,6 +190,10 @@ impl Control for Fixed {
         Ok(self.flows as u64)
     }
 
+    async fn connection_flush(&self, _: ConnectionFilter) -> Reply<u64> {
+        Ok(self.flows as u64)
+    }
+
     async fn drops(&self) -> Reply<Vec<types::Drops>> {
         Err(Failure::internal("map drops:\ncannot be read"))
     }
