@@ -14,6 +14,10 @@ use std::{
 /// Failures older than this count no more.
 const WINDOW: Duration = Duration::from_secs(2);
 
+/// A SYN that comes again now went to a backend more than a second ago: one that has just come up is
+/// not to blame.
+const GRACE: Duration = Duration::from_millis(1500);
+
 /// Shortest time between two checks of a backend that traffic asks for.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -90,6 +94,11 @@ impl Daemon {
             .failing
             .retain(|_, failing| matches!(failing.failures.back(), Some((at, _)) if now.duration_since(*at) < WINDOW));
         for (backend, new) in failed {
+            let is_new = |b: &crate::model::Backend| now.duration_since(b.since()) < GRACE;
+            if self.model.backend(backend).is_none_or(is_new) {
+                self.traffic.failing.remove(&backend);
+                continue;
+            }
             let failing = self.traffic.failing.entry(backend).or_default();
             let failures = failing.add(new, now);
             if failing.ask(now) {

@@ -14,8 +14,9 @@ use hyper::{Request, body::Bytes, client::conn::http1::SendRequest, header};
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-/// A request that has taken longer has failed.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// A request that has taken longer has failed: a SYN that nobody answers is repeated after one
+/// second, and after two more.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One request and its outcome.
 pub struct Outcome {
@@ -167,6 +168,8 @@ pub struct Failover {
     pub first_answer: Option<Duration>,
     /// From the death to the moment the last failed request was sent.
     pub last_failure: Option<Duration>,
+    /// The longest that an answer took to a request which was sent before it was noticed.
+    pub slowest: Option<Duration>,
 }
 
 /// Reads the figures of a failover off requests that were sent throughout it.
@@ -180,6 +183,10 @@ pub fn failover(outcomes: &[Outcome], death: Instant, noticed: Instant) -> Failo
         noticed: span(outcomes, noticed..),
         first_answer: answers.map(|o| o.done - death).min(),
         last_failure: failures.map(|o| o.sent - death).max(),
+        slowest: after()
+            .filter(|o| o.sent < noticed && o.backend.is_some())
+            .map(|o| o.done - o.sent)
+            .max(),
     }
 }
 
@@ -217,6 +224,7 @@ mod tests {
                 noticed: Span { sent: 2, failed: 0 },
                 first_answer: Some(ms(3)),
                 last_failure: Some(ms(20)),
+                slowest: Some(ms(1)),
             }
         );
     }
@@ -228,6 +236,7 @@ mod tests {
         assert_eq!(failover.unnoticed, Span::default());
         assert_eq!(failover.first_answer, None);
         assert_eq!(failover.last_failure, None);
+        assert_eq!(failover.slowest, None);
     }
 
     #[test]

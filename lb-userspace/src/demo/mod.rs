@@ -271,6 +271,13 @@ impl Demo {
                 milliseconds(first)
             ));
         }
+        if let Some(slowest) = seen.slowest {
+            self.report.line(format_args!(
+                "the slowest was answered after {}: a SYN that {name} refuses is repeated, and goes \
+                 elsewhere",
+                milliseconds(slowest)
+            ));
+        }
         self.report.span("since it was marked down", seen.noticed);
         Ok(())
     }
