@@ -6,6 +6,7 @@
 //! compares the number of flows it saw with the number the data plane counts.
 
 use crate::{
+    config,
     dataplane::{HashMap, Maps, SharedArray},
     reconcile::{Settling, Table},
 };
@@ -57,23 +58,42 @@ pub fn seconds(ticks: u32) -> f64 {
     f64::from(ticks) * TICK_NS as f64 / 1e9
 }
 
-/// How long a TCP flow may be silent while it is opened.
-const OPENING: Duration = Duration::from_secs(60);
-/// How long it may be silent when one side has sent FIN. As IPVS.
-const CLOSING: Duration = Duration::from_secs(120);
-/// How long it is kept when both have, for what is repeated.
-const TIME_WAIT: Duration = Duration::from_secs(20);
-/// How long it is kept after RST. As IPVS.
-const CLOSED: Duration = Duration::from_secs(10);
+/// How long a flow may be silent in each state, in ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    opening: u32,
+    closing: u32,
+    time_wait: u32,
+    closed: u32,
+}
 
-/// How long a flow in `state` may be silent, in ticks; `idle` is for established ones.
-fn patience(state: u8, idle: u32) -> u32 {
-    match state {
-        state::SYN_SENT | state::SYN_RECEIVED => ticks(OPENING),
-        state::FIN_CLIENT | state::FIN_BACKEND => ticks(CLOSING),
-        state::TIME_WAIT => ticks(TIME_WAIT),
-        state::CLOSED => ticks(CLOSED),
-        _ => idle,
+impl From<&config::Timeouts> for Patience {
+    fn from(timeouts: &config::Timeouts) -> Self {
+        Self {
+            opening: ticks(timeouts.opening),
+            closing: ticks(timeouts.closing),
+            time_wait: ticks(timeouts.time_wait),
+            closed: ticks(timeouts.closed),
+        }
+    }
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self::from(&config::Timeouts::default())
+    }
+}
+
+impl Patience {
+    /// With a flow in `state`; `idle` is for established ones.
+    const fn with(&self, state: u8, idle: u32) -> u32 {
+        match state {
+            state::SYN_SENT | state::SYN_RECEIVED => self.opening,
+            state::FIN_CLIENT | state::FIN_BACKEND => self.closing,
+            state::TIME_WAIT => self.time_wait,
+            state::CLOSED => self.closed,
+            _ => idle,
+        }
     }
 }
 
@@ -158,6 +178,8 @@ where
 /// What the sweep must know of each service.
 #[derive(Clone, Debug, Default)]
 pub struct Timeouts {
+    /// For flows that are not established.
+    pub patience: Patience,
     /// Ticks an established flow may be silent, by service number; flows of others have no service
     /// any more and are removed.
     pub idle: StdHashMap<u32, u32>,
@@ -208,8 +230,8 @@ pub struct Connection {
 impl Connection {
     /// Ticks until it expires.
     #[must_use]
-    pub fn expires(&self, idle: u32) -> u32 {
-        patience(self.state, idle).saturating_sub(self.silent)
+    pub fn expires(&self, patience: &Patience, idle: u32) -> u32 {
+        patience.with(self.state, idle).saturating_sub(self.silent)
     }
 }
 
@@ -311,7 +333,7 @@ impl Flows {
             if flow.direction == DIRECTION_BACKEND {
                 // Its client's entry ends it. Looked at only if nothing came for longer than that
                 // one can live without it.
-                if !belongs || silent > idle.unwrap_or(0).max(ticks(CLOSING)) {
+                if !belongs || silent > idle.unwrap_or(0).max(timeouts.patience.closing) {
                     halves.push((*key, *flow));
                 }
                 return;
@@ -336,7 +358,7 @@ impl Flows {
                 };
                 clients.insert(client, (flow.backend, flow.generation));
             }
-            if !belongs || silent > patience(flow.state, idle.unwrap_or(0)) {
+            if !belongs || silent > timeouts.patience.with(flow.state, idle.unwrap_or(0)) {
                 over.push((*key, *flow, belongs));
             }
         })?;
@@ -345,7 +367,7 @@ impl Flows {
             if belongs {
                 // A client that only listens is not silent: its backend speaks.
                 let heard = flows.get(&opposite)?.map(|reply| reply.last_seen);
-                let limit = patience(
+                let limit = timeouts.patience.with(
                     flow.state,
                     timeouts.idle.get(&flow.service).copied().unwrap_or(0),
                 );
@@ -397,7 +419,10 @@ impl Flows {
             sweep.flows += u64::from(flow.direction != DIRECTION_BACKEND);
             let belongs = timeouts.idle.contains_key(&flow.service) && self.belongs(flow);
             // UDP has shown no more than one packet.
-            let limit = patience(flow.state, ticks(OPENING)).min(ticks(OPENING));
+            let limit = timeouts
+                .patience
+                .with(flow.state, timeouts.patience.opening)
+                .min(timeouts.patience.opening);
             if !belongs || ticks_since(now, flow.last_seen) > limit {
                 over.push((*key, flow.direction != DIRECTION_BACKEND));
             }

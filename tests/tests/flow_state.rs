@@ -11,7 +11,7 @@ use lb_common::{
 use sluice::{
     config::{Limits, Protocol},
     dataplane::Dataplane,
-    flows::{Flows, Timeouts},
+    flows::{Flows, Patience, Timeouts},
     model::ServiceKey,
     reconcile::{Backend, Hop, Op, Reconciler, Service, apply},
 };
@@ -342,6 +342,7 @@ impl World {
         }
         let number = self.reconciler.service_number(&self.key()).unwrap();
         let timeouts = Timeouts {
+            patience: Patience::default(),
             idle: HashMap::from([(number, u32::MAX / 2)]),
             stateless: self.reconciler.stateless_tables(),
             affinity: std::collections::HashMap::new(),

@@ -1,7 +1,8 @@
 //! Sections `[daemon]` and `[limits]`.
 
 use super::{
-    AttachMode, Daemon, EncapSource, Error, Limits,
+    AttachMode, Daemon, EncapSource, Error, Limits, Timeouts,
+    health::positive,
     read::{Entry, Section, quote},
     value,
 };
@@ -396,6 +397,25 @@ impl Default for Limits {
 }
 
 /// Reads `[limits]`; the offset is where an error about them belongs.
+pub(super) fn timeouts(root: &Section<'_>) -> Result<Timeouts, Error> {
+    let Some(section) = root.table("timeouts", "timeouts")? else {
+        return Ok(Timeouts::default());
+    };
+    section.only(&["opening", "closing", "time_wait", "closed"])?;
+    let timeout = |key, default, example| match section.get(key) {
+        None => Ok(default),
+        Some(entry) => positive(&entry, example).map(|at| at.value),
+    };
+    let default = Timeouts::default();
+    Ok(Timeouts {
+        opening: timeout("opening", default.opening, "1m")?,
+        closing: timeout("closing", default.closing, "2m")?,
+        time_wait: timeout("time_wait", default.time_wait, "20s")?,
+        closed: timeout("closed", default.closed, "10s")?,
+    })
+}
+
+/// Reads `[limits]`; returns its place in the file too.
 pub(super) fn limits(root: &Section<'_>) -> Result<(Limits, usize), Error> {
     let Some(section) = root.table("limits", "limits")? else {
         return Ok((Limits::DEFAULT, 0));

@@ -46,6 +46,8 @@ pub struct Config {
     pub daemon: Daemon,
     /// Section `[limits]`.
     pub limits: Limits,
+    /// Section `[timeouts]`.
+    pub timeouts: Timeouts,
     /// Every `[[service]]`, in the order of the file, with `[defaults]` applied.
     pub services: Vec<Service>,
 }
@@ -105,6 +107,31 @@ pub enum AttachMode {
     Driver,
     /// Behind the driver, on socket buffers: slower, works everywhere.
     Generic,
+}
+
+/// Section `[timeouts]`: how long a TCP flow that is not established may be silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// While it is being opened.
+    pub opening: Duration,
+    /// When one side has sent FIN.
+    pub closing: Duration,
+    /// When both have: for what is repeated.
+    pub time_wait: Duration,
+    /// After RST.
+    pub closed: Duration,
+}
+
+impl Default for Timeouts {
+    /// Closing as IPVS, the others somewhat shorter: nothing is gained by keeping what is over.
+    fn default() -> Self {
+        Self {
+            opening: Duration::from_secs(60),
+            closing: Duration::from_secs(120),
+            time_wait: Duration::from_secs(20),
+            closed: Duration::from_secs(10),
+        }
+    }
 }
 
 /// Section `[limits]`: sizes of the maps, fixed when they are made.
@@ -257,9 +284,10 @@ impl Config {
         let source = Source { path, text };
         let table = DeTable::parse(text).map_err(|error| source.malformed(&error))?;
         let root = Section::root(source, table.get_ref());
-        root.only(&["daemon", "limits", "defaults", "service"])?;
+        root.only(&["daemon", "limits", "timeouts", "defaults", "service"])?;
         let daemon = daemon::daemon(&root)?;
         let (limits, limits_offset) = daemon::limits(&root)?;
+        let timeouts = daemon::timeouts(&root)?;
         let defaults = service::defaults(&root)?;
         let services = root
             .tables("service", "service")?
@@ -271,6 +299,7 @@ impl Config {
         Ok(Self {
             daemon,
             limits,
+            timeouts,
             services: services.into_iter().map(|placed| placed.service).collect(),
         })
     }

@@ -62,6 +62,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             opening: 131_072,
             new_flows_per_cpu: 125_000,
         },
+        timeouts: Timeouts::default(),
         services: vec![Service {
             name: "web".to_owned(),
             listen: "198.51.100.10:80".parse().unwrap(),
@@ -1006,4 +1007,22 @@ fn masks_of_affinity_cascade_to_services_of_their_family() {
         .map(|s| (s.affinity.as_secs(), s.affinity_mask))
         .collect();
     assert_eq!(masks, [(600, 24), (0, 64)]);
+}
+
+#[test]
+fn timeouts_of_states_have_defaults_and_take_no_nonsense() {
+    let with = |section: &str| parse(&format!("{section}\n{MINIMAL}"));
+    let config = with("[timeouts]\nclosing = \"30s\"").unwrap();
+    let expected = Timeouts {
+        closing: Duration::from_secs(30),
+        ..Timeouts::default()
+    };
+    assert_eq!(config.timeouts, expected);
+    for (section, complaint) in [
+        ("[timeouts]\nclosed = \"0s\"", "closed"),
+        ("[timeouts]\ntime_weit = \"9s\"", "time_wait"),
+    ] {
+        let error = with(section).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{error}");
+    }
 }

@@ -954,6 +954,7 @@ impl Daemon {
             })
             .collect();
         Timeouts {
+            patience: flows::Patience::from(&self.config.timeouts),
             idle,
             stateless: self.reconciler.stateless_tables(),
             affinity: self.reconciler.affinity_masks(),

@@ -195,6 +195,7 @@ impl Daemon {
         let mut names = FlowNames {
             flows: Flows::new(&self.dataplane.maps)?,
             services: HashMap::new(),
+            patience: flows::Patience::from(&self.config.timeouts),
             backends: HashMap::new(),
         };
         for service in self.model.services() {
@@ -245,6 +246,7 @@ pub(super) struct FlowNames {
     flows: Flows,
     /// Name and ticks of idle timeout by service number.
     services: HashMap<u32, (String, u32)>,
+    patience: flows::Patience,
     /// Name and address as it is listed by backend number.
     backends: HashMap<u32, (String, String)>,
 }
@@ -319,7 +321,7 @@ impl FlowNames {
         let text = |address: SocketAddr| address.to_string();
         types::Connection {
             protocol: if flow.protocol == 17 { "udp" } else { "tcp" }.to_owned(),
-            expires_seconds: flows::seconds(flow.expires(idle)),
+            expires_seconds: flows::seconds(flow.expires(&self.patience, idle)),
             state: names::name_of(names::STATE, flow.state).to_owned(),
             source: text(flow.client),
             virtual_address: text(flow.vip),
