@@ -5,6 +5,7 @@ use sluice_tests::topology::sluice_bin;
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -36,7 +37,11 @@ impl Drop for Folder {
 /// Runs the program and returns what it prints.
 fn bench(folder: &Folder, arguments: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-bench"));
-    command.env("SLUICE_BENCH_OUT", &folder.0).args(arguments);
+    // CPU time is counted for its process group, so it must be alone there.
+    command
+        .process_group(0)
+        .env("SLUICE_BENCH_OUT", &folder.0)
+        .args(arguments);
     if ["end-to-end", "failover"].contains(&arguments[0]) {
         command.env("SLUICE_BIN", sluice_bin());
     }

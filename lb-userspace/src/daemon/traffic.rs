@@ -2,7 +2,7 @@
 //! threshold, ejected. See `docs/failover.md`.
 
 use super::{CheckKey, Daemon};
-use crate::model::BackendKey;
+use crate::model::{BackendKey, CheckResult, State};
 use lb_common::backend::Load;
 use std::{
     collections::{HashMap, VecDeque},
@@ -24,8 +24,9 @@ const ASK_INTERVAL: Duration = Duration::from_millis(500);
 /// What the data plane's counters said of each backend so far.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
-    /// The counters when they were last looked at, by backend number.
-    counted: Vec<u64>,
+    /// The counters when they were last looked at, by backend number: SYNs that were repeated, and
+    /// connections that were refused.
+    counted: Vec<[u64; 2]>,
     failing: HashMap<BackendKey, Failing>,
 }
 
@@ -69,20 +70,24 @@ impl Daemon {
         let end = self.reconciler.backend_numbers_end().min(load.len());
         let counter = |number, offset| load.atomic_u64(number, offset).load(Ordering::Relaxed);
         let mut news = HashMap::new();
-        self.traffic.counted.resize(end as usize, 0);
+        self.traffic.counted.resize(end as usize, [0; 2]);
         for number in 1..end {
-            let counted = counter(number, offset_of!(Load, retries))
-                + counter(number, offset_of!(Load, resets));
+            let counted = [
+                counter(number, offset_of!(Load, retries)),
+                counter(number, offset_of!(Load, resets)),
+            ];
             let before = std::mem::replace(&mut self.traffic.counted[number as usize], counted);
             // Lower: the number has been given to another backend.
-            if counted > before {
-                news.insert(number, counted - before);
+            let new = [0, 1].map(|n| counted[n].saturating_sub(before[n]));
+            if new != [0; 2] {
+                news.insert(number, new);
             }
         }
+        self.ask_again(now);
         if news.is_empty() {
             return;
         }
-        let failed: Vec<(BackendKey, u64)> = self
+        let failed: Vec<(BackendKey, [u64; 2])> = self
             .model
             .backends()
             .filter_map(|(key, _)| {
@@ -90,15 +95,13 @@ impl Daemon {
                 Some((key, *news.get(&number)?))
             })
             .collect();
-        self.traffic
-            .failing
-            .retain(|_, failing| matches!(failing.failures.back(), Some((at, _)) if now.duration_since(*at) < WINDOW));
-        for (backend, new) in failed {
+        for (backend, [retries, resets]) in failed {
             let is_new = |b: &crate::model::Backend| now.duration_since(b.since()) < GRACE;
-            if self.model.backend(backend).is_none_or(is_new) {
-                self.traffic.failing.remove(&backend);
-                continue;
-            }
+            let new = if self.model.backend(backend).is_none_or(is_new) {
+                resets
+            } else {
+                retries + resets
+            };
             let failing = self.traffic.failing.entry(backend).or_default();
             let failures = failing.add(new, now);
             if failing.ask(now) {
@@ -108,6 +111,25 @@ impl Daemon {
             let change = self.model.failed_in_traffic(backend, failures, now);
             self.note(change);
         }
+    }
+}
+
+impl Daemon {
+    /// Has backends that failed of late checked again at once as long as their check fails too, so that
+    /// `fall` is soon reached.
+    fn ask_again(&mut self, now: Instant) {
+        let (model, checker) = (&self.model, &self.checker);
+        self.traffic.failing.retain(|backend, failing| {
+            let (backend, agent) = (*backend, false);
+            let fails = model.backend(backend).is_some_and(|b| {
+                b.state() == State::Up && b.last_check().is_some_and(CheckResult::is_failed)
+            });
+            if fails && failing.ask(now) {
+                checker.ask_now(&CheckKey { backend, agent });
+            }
+            let last = failing.failures.back();
+            last.is_some_and(|(at, _)| now.duration_since(*at) < WINDOW)
+        });
     }
 }
 

@@ -613,7 +613,7 @@ mod tests {
     fn every_map_of_the_object_is_known() {
         let object = aya_obj::Object::parse(OBJECT).unwrap();
         // Work space belongs to one loaded program; names with a dot are the compiler's.
-        let private = ["scratch", "work4", "work6"];
+        let private = ["recent_syns", "scratch", "work4", "work6"];
         for name in object.maps.keys().map(String::as_str) {
             // Those of the program beside the balancer: see `dataplane::decap`.
             let decap = name.starts_with("decap_");

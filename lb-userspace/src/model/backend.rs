@@ -555,6 +555,11 @@ impl Backend {
         if self.ejection.as_ref().is_some_and(|e| now >= e.until) {
             self.ejection = None;
             self.returned = Some(now);
+            // Its clients and its check say the same.
+            if self.last.as_ref().is_some_and(CheckResult::is_failed) {
+                self.verdict = Verdict::Bad;
+                self.against = 0;
+            }
             self.settle(now);
         }
         let window = self.config.health.flap_window;
