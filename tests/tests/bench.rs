@@ -161,9 +161,9 @@ fn packets_go_through_the_whole_path() {
 #[test]
 fn a_table_is_measured() {
     let row = only("control-plane", "table 100 backends");
-    assert_eq!(row["slots"], 16381, "{row:?}");
+    assert_eq!(row["slots"], 65521, "{row:?}");
     assert!(
-        row["moved_percent_when_one_goes"].as_f64() < Some(5.0),
+        row["moved_percent_when_one_goes"].as_f64() < Some(0.6),
         "{row:?}"
     );
 }

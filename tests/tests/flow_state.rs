@@ -169,6 +169,7 @@ impl World {
             affinity_mask: [0; 4],
             source_rate: 0,
             access: std::collections::BTreeMap::new(),
+            table_size: 0,
             stateless: true,
             idle_timeout: WINDOW,
             answer_arp: false,

@@ -173,6 +173,8 @@ pub struct Service {
     pub forward: u8,
     /// One of [`lb_common::service::scheduler`].
     pub scheduler: u8,
+    /// Slots that its selection table has at least, with a hash scheduler.
+    pub table_size: u32,
     /// Whether every flow is recorded, also where hashing its packets again would find its backend.
     pub track_all: bool,
     /// One of [`lb_common::service::on_no_backend`].

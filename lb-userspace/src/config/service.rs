@@ -6,6 +6,7 @@ use super::{
     read::{At, Entry, Section, closest, quote},
     value::{self, Prefix},
 };
+use crate::scheduler::MAGLEV_SLOTS_MAX;
 use lb_common::{
     names::{FORWARD, Names, ON_BACKEND_DOWN, ON_NO_BACKEND, SCHEDULER, name_of, number_of},
     service::{forward, on_backend_down, on_no_backend, scheduler},
@@ -17,9 +18,10 @@ const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(60);
 const WEIGHT_MAX: u32 = 65_535;
 
 /// Keys that both a service and `[defaults]` may have.
-const CASCADING: [&str; 17] = [
+const CASCADING: [&str; 18] = [
     "forward",
     "scheduler",
+    "table_size",
     "track",
     "affinity",
     "affinity_mask4",
@@ -42,6 +44,7 @@ const CASCADING: [&str; 17] = [
 pub(super) struct Options {
     forward: Option<At<u8>>,
     scheduler: Option<At<u8>>,
+    table_size: Option<At<u32>>,
     track: Option<At<bool>>,
     on_backend_down: Option<At<u8>>,
     on_no_backend: Option<At<u8>>,
@@ -173,6 +176,14 @@ pub(super) fn service(
         affinity: !affinity.is_zero(),
         rate_of_datagrams: protocol == Protocol::Udp && max_new_per_source != 0,
     };
+    let table_size = match (&own.table_size, scheduler::hashes(scheduler)) {
+        (Some(at), false) => {
+            let message = "table_size is for scheduler maglev or source-hash; remove it";
+            return Err(section.error(at.offset, message));
+        }
+        (_, false) => 0,
+        (own, true) => pick(own, &defaults.table_size).map_or(0, |at| at.value),
+    };
     let track_all = pick(&own.track, &defaults.track).is_some_and(|at| at.value);
     if let Some(track) = &own.track
         && !track.value
@@ -195,6 +206,7 @@ pub(super) fn service(
             protocol,
             forward: mode,
             scheduler,
+            table_size,
             track_all,
             on_no_backend: number(
                 &own.on_no_backend,
@@ -399,6 +411,10 @@ impl Options {
             scheduler: word("scheduler", SCHEDULER)?,
             on_backend_down: word("on_backend_down", ON_BACKEND_DOWN)?,
             on_no_backend: word("on_no_backend", ON_NO_BACKEND)?,
+            table_size: section
+                .get("table_size")
+                .map(|entry| Ok(entry.at(entry.integer(1, MAGLEV_SLOTS_MAX)?)))
+                .transpose()?,
             track: section
                 .get("track")
                 .map(|entry| track(&entry))

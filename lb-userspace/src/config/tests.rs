@@ -69,6 +69,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             protocol: Protocol::Tcp,
             forward: forward::NAT,
             scheduler: scheduler::MAGLEV,
+            table_size: 0,
             track_all: false,
             on_no_backend: on_no_backend::RESET,
             on_backend_down: on_backend_down::KEEP,
@@ -1023,6 +1024,25 @@ fn timeouts_of_states_have_defaults_and_take_no_nonsense() {
         ("[timeouts]\ntime_weit = \"9s\"", "time_wait"),
     ] {
         let error = with(section).unwrap_err().to_string();
+        assert!(error.contains(complaint), "{error}");
+    }
+}
+
+#[test]
+fn a_table_size_is_for_hash_schedulers() {
+    let with = |keys: &str| {
+        parse(&MINIMAL.replace("[[service]]\n", &format!("[[service]]\n{keys}\n")))
+            .map(|config| config.services[0].table_size)
+    };
+    assert_eq!(with("table_size = 5000"), Ok(5000));
+    for (keys, complaint) in [
+        (
+            "table_size = 5000\nscheduler = \"random\"",
+            "is for scheduler maglev",
+        ),
+        ("table_size = 0", "1 to 2097143"),
+    ] {
+        let error = with(keys).unwrap_err().to_string();
         assert!(error.contains(complaint), "{error}");
     }
 }

@@ -209,7 +209,7 @@ fn room(
             weights.iter_mut().for_each(|weight| *weight *= parts);
             weights.push(1);
         }
-        let slots = scheduler::slots(service.scheduler, &weights)
+        let slots = scheduler::slots(service.scheduler, &weights, service.table_size)
             .map_err(|error| refuse(root, service, placed.name, &error.to_string()))?;
         total += u64::from(slots);
         // A slot each, for when the backend that was picked is full.

@@ -1030,6 +1030,7 @@ fn wanted(
         affinity_mask: mask(own.vip(), own.affinity_mask),
         source_rate: own.max_new_per_source,
         access: own.rules().collect(),
+        table_size: own.table_size,
         stateless: own.is_stateless(),
         idle_timeout: own.idle_timeout,
         answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),

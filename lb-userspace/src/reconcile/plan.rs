@@ -54,6 +54,8 @@ pub struct Service {
     /// What decides about clients, and whether they may begin flows: see
     /// [`crate::config::Service::rules`].
     pub access: BTreeMap<Prefix, bool>,
+    /// Slots that its table has at least.
+    pub table_size: u32,
     /// Whether its flows are found by hashing again, and recorded only where the table changes.
     pub stateless: bool,
     /// How long a flow of it may be silent.
@@ -225,6 +227,8 @@ struct Held {
     delta: Option<Delta>,
     /// How long a flow of it may be silent.
     idle_timeout: Duration,
+    /// Slots that were asked for; 0 as well where that is not known.
+    table_size: u32,
     /// Whether the filter says of its VIP that it may be stateless.
     is_marked: bool,
 }
@@ -383,6 +387,7 @@ impl Reconciler {
                     access: found.access.remove(number).unwrap_or_default(),
                     delta: stateless.then(|| Delta::adopt(slots, replaced)),
                     idle_timeout: Duration::ZERO,
+                    table_size: 0,
                     is_marked: stateless,
                 },
             );
@@ -668,11 +673,12 @@ impl Reconciler {
             held.pool.as_ref() == Some(&draft.pool)
                 && held.record.scheduler == wanted.scheduler
                 && held.delta.is_some() == wanted.stateless
+                && held.table_size == wanted.table_size
         });
         if same {
             return Ok(());
         }
-        let mut owners = scheduler::build(wanted.scheduler, &draft.pool)
+        let mut owners = scheduler::build(wanted.scheduler, &draft.pool, wanted.table_size)
             .map_err(|error| anyhow!("service {:?}: {error}", wanted.name))?;
         let len_before = held.map_or(0, |held| region_of(held.record.table).len as usize);
         let stays = wanted.stateless && held.is_some_and(|held| held.delta.is_some());
@@ -769,10 +775,12 @@ impl Reconciler {
                 access: BTreeMap::new(),
                 delta: None,
                 idle_timeout: Duration::ZERO,
+                table_size: 0,
                 is_marked: false,
             }
         });
         held.idle_timeout = wanted.idle_timeout;
+        held.table_size = wanted.table_size;
         for (address, number) in draft.new_backends {
             ops.push(Op::ResetBackend { number });
             let generation = self.next_generation(number);

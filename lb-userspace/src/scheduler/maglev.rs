@@ -36,10 +36,10 @@ const MANY_SLOTS: u64 = 131_071;
 const OFFSET_SEED: u32 = 0x6f66_6673;
 const SKIP_SEED: u32 = 0x736b_6970;
 
-/// The table for `pool`.
-pub(super) fn build(pool: &[Member]) -> Result<Vec<u32>, Error> {
+/// The table for `pool`, of no fewer slots than `table_size`.
+pub(super) fn build(pool: &[Member], table_size: u32) -> Result<Vec<u32>, Error> {
     let configured: Vec<u32> = pool.iter().map(|member| member.configured_weight).collect();
-    let size = slots(&configured)?;
+    let size = slots(&configured, table_size)?;
     // In the order of identity, so that the order of the configuration does not matter.
     let mut members: Vec<&Member> = pool.iter().filter(|member| member.weight > 0).collect();
     members.sort_by_key(|member| (member.identity, member.backend));
@@ -66,7 +66,7 @@ pub(super) fn build(pool: &[Member]) -> Result<Vec<u32>, Error> {
 }
 
 /// The size of the table for backends with these configured weights.
-pub(super) fn slots(configured_weights: &[u32]) -> Result<u32, Error> {
+pub(super) fn slots(configured_weights: &[u32], table_size: u32) -> Result<u32, Error> {
     let count = configured_weights.len();
     if count > LARGEST as usize {
         return Err(Error::TooManyMembers(count));
@@ -89,7 +89,7 @@ pub(super) fn slots(configured_weights: &[u32]) -> Result<u32, Error> {
     if count > FEW {
         wanted = wanted.max((SLOTS_PER_ONE_OF_MANY * count as u64).min(MANY_SLOTS));
     }
-    let wanted = wanted.min(most).max(at_least);
+    let wanted = wanted.max(table_size.into()).min(most).max(at_least);
     let size = SIZES.iter().find(|&&size| u64::from(size) >= wanted);
     Ok(size.copied().unwrap_or(LARGEST))
 }
@@ -152,6 +152,22 @@ fn hash(identity: SocketAddr, seed: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn build(pool: &[Member]) -> Result<Vec<u32>, Error> {
+        super::build(pool, 0)
+    }
+
+    fn slots(configured_weights: &[u32]) -> Result<u32, Error> {
+        super::slots(configured_weights, 0)
+    }
+
+    #[test]
+    fn a_size_that_is_asked_for_is_the_least() {
+        for (asked, size) in [(0, 509), (509, 509), (510, 1021), (65_521, 65_521)] {
+            assert_eq!(super::slots(&[1; 3], asked), Ok(size));
+            assert_eq!(super::build(&pool(3), asked).unwrap().len(), size as usize);
+        }
+    }
     use proptest::prelude::*;
 
     fn member(number: u32, weight: u32) -> Member {

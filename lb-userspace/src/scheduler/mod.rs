@@ -70,11 +70,13 @@ fn names() -> String {
 ///
 /// `pool` holds every backend of the service, also those with no weight in force, in the order of
 /// the configuration.
-pub fn build(scheduler: u8, pool: &[Member]) -> Result<Vec<u32>, Error> {
+///
+/// A table of `maglev` or `source-hash` has at least `table_size` slots.
+pub fn build(scheduler: u8, pool: &[Member], table_size: u32) -> Result<Vec<u32>, Error> {
     match scheduler {
         scheduler::ROUND_ROBIN | scheduler::RANDOM => round_robin::build(pool),
         scheduler::LEAST_CONNECTIONS => Ok(members(pool)),
-        scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::build(pool),
+        scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::build(pool, table_size),
         unknown => Err(Error::Unknown(unknown)),
     }
 }
@@ -90,12 +92,12 @@ pub fn members(pool: &[Member]) -> Vec<u32> {
 /// no such table.
 ///
 /// Whatever part of the pool is in force, its table has no more slots than this.
-pub fn slots(scheduler: u8, configured_weights: &[u32]) -> Result<u32, Error> {
+pub fn slots(scheduler: u8, configured_weights: &[u32], table_size: u32) -> Result<u32, Error> {
     match scheduler {
         scheduler::ROUND_ROBIN | scheduler::RANDOM => round_robin::slots(configured_weights),
         scheduler::LEAST_CONNECTIONS => u32::try_from(configured_weights.len())
             .map_err(|_| Error::TooManyMembers(configured_weights.len())),
-        scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::slots(configured_weights),
+        scheduler::MAGLEV | scheduler::SOURCE_HASH => maglev::slots(configured_weights, table_size),
         unknown => Err(Error::Unknown(unknown)),
     }
 }
@@ -117,7 +119,7 @@ mod tests {
     #[test]
     fn an_unknown_scheduler_is_an_error() {
         let error = Error::Unknown(77);
-        assert_eq!(build(77, &[]), Err(error.clone()));
+        assert_eq!(build(77, &[], 0), Err(error.clone()));
         assert_eq!(
             error.to_string(),
             "scheduler number 77 is unknown; one of maglev, round-robin, source-hash, least-connections, random is meant"
@@ -140,8 +142,8 @@ mod tests {
                 })
                 .collect();
             for (scheduler, _) in SCHEDULER {
-                let most = slots(*scheduler, &configured).unwrap();
-                let table = build(*scheduler, &pool).unwrap();
+                let most = slots(*scheduler, &configured, 0).unwrap();
+                let table = build(*scheduler, &pool, 0).unwrap();
                 prop_assert!(table.len() <= most as usize);
                 let total: u32 = pool.iter().map(|member| member.weight).sum();
                 prop_assert_eq!(table.is_empty(), total == 0);

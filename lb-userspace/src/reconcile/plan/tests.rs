@@ -200,6 +200,7 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
         affinity_mask: [0; 4],
         source_rate: 0,
         access: BTreeMap::new(),
+        table_size: 0,
         stateless: false,
         idle_timeout: WINDOW,
         answer_arp: true,
@@ -635,4 +636,21 @@ fn rules() -> impl Strategy<Value = BTreeMap<Prefix, bool>> {
         Prefix { address, bits }
     });
     prop::collection::btree_map(prefix, any::<bool>(), 0..40)
+}
+
+#[test]
+fn a_larger_table_that_is_asked_for_takes_the_place_of_the_other() {
+    let now = Instant::now();
+    let mut reconciler = Reconciler::new(10, 10, 10_000);
+    let mut fake = Fake::default();
+    let mut wanted = service(1, &[(1, 1), (2, 1)]);
+    wanted.scheduler = schedulers::MAGLEV;
+    for (asked, size) in [(0, 251), (600, 1021), (600, 1021), (0, 251)] {
+        wanted.table_size = asked;
+        let ops = reconciler.plan(&[wanted.clone()], &[], hop, now).unwrap();
+        carry_out(&mut fake, &ops);
+        let number = reconciler.service_number(&wanted.id).unwrap();
+        let (_, len) = ServiceRecord::unpack_table(fake.services[&number].table);
+        assert_eq!(len, size);
+    }
 }

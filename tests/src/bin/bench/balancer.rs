@@ -231,6 +231,7 @@ fn service(plan: &Plan, vip: u32, first_host: u32) -> Service {
         affinity_mask: [0; 4],
         source_rate: 0,
         access: std::collections::BTreeMap::new(),
+        table_size: 0,
         stateless: is_stateless(plan.forward, plan.scheduler),
         idle_timeout: Duration::from_secs(900),
         answer_arp: true,

@@ -219,12 +219,12 @@ fn table(backends: u32, rounds: usize, report: &mut Report) -> Result<()> {
     let mut taken = Vec::new();
     let mut whole = Vec::new();
     for _ in 0..rounds {
-        let (table, time) = timed(|| Ok(build(scheduler::MAGLEV, &pool(None))?))?;
+        let (table, time) = timed(|| Ok(build(scheduler::MAGLEV, &pool(None), 0)?))?;
         taken.push(time);
         whole = table;
     }
     let gone = backends / 2;
-    let without = build(scheduler::MAGLEV, &pool(Some(gone)))?;
+    let without = build(scheduler::MAGLEV, &pool(Some(gone)), 0)?;
     let staying = whole
         .iter()
         .zip(&without)
