@@ -111,7 +111,8 @@ fn is_repeated<F: Family>(packet: &Packet<F>, flow_hash: u32) -> bool {
 #[inline(always)]
 pub fn expose<A: Address>(service: &Service, key: &FlowKey<A>) {
     let (first, slots) = service.table();
-    let place = first.wrapping_add(hash::slot_of(slot_hash(service, key), slots));
+    let slot_hash = slot_hash(service, key, hash::flow_hash(key));
+    let place = first.wrapping_add(hash::slot_of(slot_hash, slots));
     let Some(slot) = maps::SLOTS.get_ptr_mut(place) else {
         return;
     };
@@ -126,11 +127,11 @@ pub fn expose<A: Address>(service: &Service, key: &FlowKey<A>) {
 
 /// The hash that names a flow's slot.
 #[inline(always)]
-fn slot_hash<A: Address>(service: &Service, key: &FlowKey<A>) -> u32 {
+fn slot_hash<A: Address>(service: &Service, key: &FlowKey<A>, flow_hash: u32) -> u32 {
     if service.scheduler == scheduler::SOURCE_HASH {
         hash::source_hash(key.src)
     } else {
-        hash::flow_hash(key)
+        flow_hash
     }
 }
 
@@ -145,12 +146,8 @@ fn slot_in<A: Address>(
     if slots == 0 {
         return None;
     }
-    let hash = if service.scheduler == scheduler::SOURCE_HASH {
-        hash::source_hash(key.src)
-    } else {
-        flow_hash
-    };
-    select::slot(first.wrapping_add(hash::slot_of(hash, slots)))
+    let slot_hash = slot_hash(service, key, flow_hash);
+    select::slot(first.wrapping_add(hash::slot_of(slot_hash, slots)))
 }
 
 /// Who has a flow of a stateless service that is not recorded.

@@ -1025,20 +1025,7 @@ impl Balancer {
     /// All half-open flows that began under pressure, of a family, sorted.
     #[must_use]
     pub fn opening(&self, family: Family) -> Vec<FlowEntry> {
-        let mut entries: Vec<_> = match family {
-            Family::V4 => self
-                .raw_flows::<u32>("opening4")
-                .iter()
-                .map(|(k, f)| readable(k, f))
-                .collect(),
-            Family::V6 => self
-                .raw_flows::<[u32; 4]>("opening6")
-                .iter()
-                .map(|(k, f)| readable(k, f))
-                .collect(),
-        };
-        entries.sort();
-        entries
+        self.entries(family, ["opening4", "opening6"])
     }
 
     fn clear_clients(&mut self) {
@@ -1268,14 +1255,19 @@ impl Balancer {
     /// All flows of a family, sorted.
     #[must_use]
     pub fn flows(&self, family: Family) -> Vec<FlowEntry> {
+        self.entries(family, ["flows4", "flows6"])
+    }
+
+    /// The flows of a family in the map of IPv4 or that of IPv6, sorted.
+    fn entries(&self, family: Family, [v4, v6]: [&str; 2]) -> Vec<FlowEntry> {
         let mut entries: Vec<_> = match family {
             Family::V4 => self
-                .raw_flows::<u32>("flows4")
+                .raw_flows::<u32>(v4)
                 .iter()
                 .map(|(k, f)| readable(k, f))
                 .collect(),
             Family::V6 => self
-                .raw_flows::<[u32; 4]>("flows6")
+                .raw_flows::<[u32; 4]>(v6)
                 .iter()
                 .map(|(k, f)| readable(k, f))
                 .collect(),
