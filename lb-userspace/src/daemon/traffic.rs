@@ -30,6 +30,28 @@ pub(super) struct Traffic {
     failing: HashMap<BackendKey, Failing>,
 }
 
+impl Traffic {
+    /// By how much the counters of the backends with numbers below `end` have risen, where they have.
+    fn news(&mut self, end: u32, read: impl Fn(u32) -> [u64; 2]) -> HashMap<u32, [u64; 2]> {
+        let mut news = HashMap::new();
+        for number in 0..end {
+            let counted = read(number);
+            let Some(before) = self.counted.get_mut(number as usize) else {
+                // What an earlier daemon left is no news.
+                self.counted.push(counted);
+                continue;
+            };
+            // Lower: the number has been given to another backend.
+            let new = [0, 1].map(|n| counted[n].saturating_sub(before[n]));
+            *before = counted;
+            if new != [0; 2] {
+                news.insert(number, new);
+            }
+        }
+        news
+    }
+}
+
 /// A backend that failed of late.
 #[derive(Debug, Default)]
 struct Failing {
@@ -69,20 +91,12 @@ impl Daemon {
         let load = &self.dataplane.maps.backend_load;
         let end = self.reconciler.backend_numbers_end().min(load.len());
         let counter = |number, offset| load.atomic_u64(number, offset).load(Ordering::Relaxed);
-        let mut news = HashMap::new();
-        self.traffic.counted.resize(end as usize, [0; 2]);
-        for number in 1..end {
-            let counted = [
+        let news = self.traffic.news(end, |number| {
+            [
                 counter(number, offset_of!(Load, retries)),
                 counter(number, offset_of!(Load, resets)),
-            ];
-            let before = std::mem::replace(&mut self.traffic.counted[number as usize], counted);
-            // Lower: the number has been given to another backend.
-            let new = [0, 1].map(|n| counted[n].saturating_sub(before[n]));
-            if new != [0; 2] {
-                news.insert(number, new);
-            }
-        }
+            ]
+        });
         self.ask_again(now);
         if news.is_empty() {
             return;
@@ -136,6 +150,25 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_an_earlier_daemon_counted_is_no_news() {
+        let mut traffic = Traffic::default();
+        assert_eq!(traffic.news(2, |_| [40, 60]), HashMap::new());
+        assert_eq!(
+            traffic.news(2, |n| [40, 60 + u64::from(n)]),
+            [(1, [0, 1])].into()
+        );
+        assert_eq!(
+            traffic.news(3, |_| [0, 0]),
+            HashMap::new(),
+            "others' numbers"
+        );
+        assert_eq!(
+            traffic.news(3, |n| [u64::from(n), 0]),
+            [(1, [1, 0]), (2, [2, 0])].into()
+        );
+    }
 
     #[test]
     fn failures_count_for_as_long_as_the_window() {
