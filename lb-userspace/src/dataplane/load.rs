@@ -460,13 +460,32 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
     })
 }
 
+/// Times that a program is handed to the kernel before its refusal counts.
+const LOAD_TRIES: u32 = 10;
+
+/// Hands a program to the kernel again if a signal came while it was being verified: then the kernel
+/// gives up with `EAGAIN` (`do_check` in kernel/bpf/verifier.c). A check's process that ends is
+/// such a signal.
+pub(super) fn verified(
+    mut load: impl FnMut() -> Result<(), ProgramError>,
+) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_TRIES {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            result => return result,
+        }
+    }
+    load()
+}
+
 /// Has the kernel verify program `name`.
 pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<OwnedFd> {
     let program: &mut Xdp = ebpf
         .program_mut(name)
         .ok_or_else(|| anyhow!("the embedded BPF object has no program \"{name}\""))?
         .try_into()?;
-    program.load().map_err(|e| program_error(name, e))?;
+    verified(|| program.load()).map_err(|e| program_error(name, e))?;
     Ok(program.fd()?.as_fd().try_clone_to_owned()?)
 }
 

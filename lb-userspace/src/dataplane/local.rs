@@ -68,7 +68,7 @@ impl Local {
                 .program_mut(&name)
                 .ok_or_else(|| anyhow!("the embedded BPF object has no program \"{name}\""))?
                 .try_into()?;
-            match (program.load(), &mut programs) {
+            match (super::load::verified(|| program.load()), &mut programs) {
                 (Ok(()), Ok(loaded)) => loaded.push(program.fd()?.as_fd().try_clone_to_owned()?),
                 (Err(error @ ProgramError::LoadError { .. }), _) => {
                     programs = Err(format!(

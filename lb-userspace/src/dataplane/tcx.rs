@@ -53,7 +53,7 @@ impl Tcx {
             .program_mut(&name)
             .ok_or_else(|| anyhow!("the embedded BPF object has no program \"{name}\""))?
             .try_into()?;
-        program.load().map_err(|e| program_error(&name, e))?;
+        super::load::verified(|| program.load()).map_err(|e| program_error(&name, e))?;
         Ok(Self {
             direction,
             program: program.fd()?.as_fd().try_clone_to_owned()?,
