@@ -9,6 +9,9 @@
 //! A stage returns what the next one needs, or ends the packet's way with a
 //! [`verdict::Verdict`] carried by `?`. [`verdict::conclude`] is the only place that counts
 //! drops and speaks XDP codes.
+//!
+//! The programs are inlined into what their attribute makes of them: a call less, whose return a
+//! kernel may guard at the price of a mispredicted branch.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -58,6 +61,7 @@ use verdict::Verdict;
 /// The balancer. It says that it knows packets of several pages, so that drivers let it onto
 /// interfaces with a large MTU.
 #[xdp(frags)]
+#[inline(always)]
 pub fn sluice_xdp(ctx: XdpContext) -> u32 {
     let frame = Frame::new(ctx.ctx);
     let verdict = match usual::balance(&frame) {
@@ -69,6 +73,7 @@ pub fn sluice_xdp(ctx: XdpContext) -> u32 {
 
 /// Decapsulation on a backend, where no balancer runs.
 #[xdp(frags)]
+#[inline(always)]
 pub fn sluice_decap(ctx: XdpContext) -> u32 {
     decap::take_off(ctx.ctx);
     xdp_action::XDP_PASS
@@ -76,6 +81,7 @@ pub fn sluice_decap(ctx: XdpContext) -> u32 {
 
 /// The host's own packets on their way out: answers of backends on it, and health checks.
 #[classifier]
+#[inline(always)]
 pub fn sluice_egress(ctx: TcContext) -> i32 {
     let verdict = probe::send(ctx.skb.skb);
     if verdict == TC_ACT_UNSPEC {
@@ -87,6 +93,7 @@ pub fn sluice_egress(ctx: TcContext) -> i32 {
 
 /// Packets for the host itself: what answers health checks.
 #[classifier]
+#[inline(always)]
 pub fn sluice_ingress(ctx: TcContext) -> i32 {
     probe::receive(ctx.skb.skb);
     TC_ACT_UNSPEC
