@@ -246,6 +246,7 @@ pub fn names(choice: &Choice) -> Vec<String> {
         .into_iter()
         .map(|case| case.name)
         .collect();
+    names.extend(curve_floor(Family::V4).map(|case| case.name));
     for family in Family::BOTH {
         names.extend(common(family).into_iter().map(|case| case.name));
     }
@@ -370,6 +371,10 @@ struct Bench {
 /// Flows in the curves: no more than the source ports towards a single backend.
 const CURVE_FLOWS: u32 = 1 << 15;
 
+/// How often each of them is seen in a round. The first time they are in no cache any more: a call
+/// begins with a pause.
+const CURVE_PASSES: u32 = 32;
+
 /// One of the curves: how the cost of a packet depends on how much is configured.
 struct Curve {
     name: String,
@@ -428,6 +433,14 @@ fn floors(family: Family) -> Vec<Case> {
         ..Case::new(name, &frame, expected)
     })
     .into()
+}
+
+/// What the curves are compared with: packets of as many flows, which cost the program in front
+/// more than packets that are all the same.
+fn curve_floor(family: Family) -> Option<Case> {
+    let floor = floors(family).into_iter().next()?.of_curve(0);
+    let name = "floor tx 32k flows".to_owned();
+    Some(Case { name, ..floor })
 }
 
 /// VIP numbers of the services that [`common`] uses; the next one is nobody's.
@@ -523,6 +536,16 @@ impl Case {
         let mut stamp = self.frame.case(true);
         stamp.mask = RANGE;
         Self { stamp, ..self }
+    }
+
+    /// Of the flows of a curve.
+    fn of_curve(self, vip_mask: u32) -> Self {
+        let mut case = self.stamped();
+        case.stamp.mask = u64::from(CURVE_FLOWS) - 1;
+        case.stamp.vip_mask = vip_mask;
+        case.stamp.stride = STRIDE;
+        case.packets = CURVE_PASSES * CURVE_FLOWS;
+        case
     }
 
     fn min(&self) -> f64 {
@@ -748,14 +771,7 @@ impl Bench {
         let vip_mask = curve.services - 1;
         self.establish(&group, &balancer, CURVE_FLOWS, vip_mask)?;
         let frame = group.frame(ACK, 0);
-        let mut stamp = frame.case(true);
-        stamp.mask = u64::from(CURVE_FLOWS) - 1;
-        stamp.vip_mask = vip_mask;
-        stamp.stride = STRIDE;
-        let case = Case {
-            stamp,
-            ..Case::new(&curve.name, &frame, group.forwarded(Counts::In))
-        };
+        let case = Case::new(&curve.name, &frame, group.forwarded(Counts::In)).of_curve(vip_mask);
         self.rounds(Some(&balancer), Family::V4, vec![case])
     }
 
@@ -767,6 +783,8 @@ impl Bench {
         mut cases: Vec<Case>,
     ) -> Result<()> {
         let mut floors = floors(family);
+        let is_curve = |case: &Case| case.packets == CURVE_PASSES * CURVE_FLOWS;
+        floors.extend(curve_floor(family).filter(|_| cases.iter().any(is_curve)));
         self.call_cost =
             wrapper::call_cost(self.wrapper.program("floor_tx")?, &floors[0].frame.bytes)?;
         for round in 0..self.size.rounds {
@@ -781,9 +799,9 @@ impl Bench {
             }
         }
         progress("");
-        let floor = floors[0].min();
         for case in &cases {
-            self.conclude(case, floor);
+            let own = floors.last().filter(|_| is_curve(case));
+            self.conclude(case, own.unwrap_or(&floors[0]).min());
         }
         for floor in floors {
             match self
