@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 ///
 /// Raise it with every change of a map's key, value or meaning. A daemon adopts pinned maps only
 /// when the version they carry equals its own.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Marks [`Settings::magic`]: the bytes `SLUICE` and a zero word, so that a foreign map is told
 /// apart from an old one.
@@ -73,8 +73,8 @@ pub struct Settings {
     pub new_flows: u32,
     /// Buckets of maps `services4` and `services6`.
     pub buckets: u32,
-    /// Zero; room for what comes next without moving what is here.
-    pub reserved: u32,
+    /// Sets of maps `flows4` and `flows6`: see [`crate::flow_table`].
+    pub flow_sets: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);

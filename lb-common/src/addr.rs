@@ -16,6 +16,8 @@ pub trait Address: Pod + Eq {
     const FAMILY: u8;
     /// Number of 32-bit words.
     const WORDS: usize;
+    /// What fills an [`crate::flow_table::Entry`].
+    type EntryRest: Pod + Eq + core::fmt::Debug;
 
     /// The address in the four-word form that family-independent records use; unused words are
     /// zero.
@@ -27,6 +29,7 @@ pub trait Address: Pod + Eq {
 impl Address for u32 {
     const FAMILY: u8 = FAMILY_V4;
     const WORDS: usize = 1;
+    type EntryRest = [u32; 12];
 
     #[inline(always)]
     fn widen(self) -> [u32; 4] {
@@ -42,6 +45,7 @@ impl Address for u32 {
 impl Address for [u32; 4] {
     const FAMILY: u8 = FAMILY_V6;
     const WORDS: usize = 4;
+    type EntryRest = [u32; 0];
 
     #[inline(always)]
     fn widen(self) -> [u32; 4] {

@@ -3,7 +3,7 @@
 use crate::addr::Address;
 use bytemuck::{Pod, Zeroable};
 
-/// Key of maps `flows4` and `flows6`: the 5-tuple of a packet as it arrives.
+/// What a flow is found by: the 5-tuple of a packet as it arrives.
 ///
 /// A connection in `nat` or `dnat` has two entries, one for each direction a packet may arrive
 /// from. Each holds the tuple its packets are rewritten to, so either key can be had from the
@@ -96,7 +96,8 @@ pub mod state {
     }
 }
 
-/// Value of maps `flows4` and `flows6`.
+/// What becomes of the packets of a key: in maps `flows4` and `flows6` beside it, in `opening4` and
+/// `opening6` the value. What every packet needs comes first.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
 pub struct Flow<A> {
@@ -114,18 +115,6 @@ pub struct Flow<A> {
     pub generation: u32,
     /// The service's number in map `services`.
     pub service: u32,
-    /// Ethernet destination and source towards the client, as they stand in the frame. Used in the
-    /// backend's entry.
-    pub l2: [u32; 3],
-    /// The interface the client's packet came from. Used in the backend's entry.
-    pub ifindex: u32,
-    /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]. Used in the
-    /// backend's entry.
-    pub tags: u32,
-    /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
-    pub last_seen: u32,
-    /// Tick of the first packet.
-    pub created: u32,
     /// What to add (ones' complement) to the sum of the IPv4 header when the addresses change.
     pub l3_delta: u16,
     /// What to add (ones' complement) to the transport sum when addresses and ports change.
@@ -136,11 +125,24 @@ pub struct Flow<A> {
     pub direction: u8,
     /// One of [`crate::service::forward`].
     pub forward: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// 1 in the backend's entry once the client has shown that it is there: a flow that others make
+    /// room for. Zero in the client's, whose state tells.
+    pub proven: u8,
+    /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
+    pub last_seen: u32,
     /// Bytes of the largest IP packet that the interface towards the client can send; 0 if that is
     /// not known. Used in the backend's entry.
     pub mtu: u32,
+    /// The interface the client's packet came from. Used in the backend's entry.
+    pub ifindex: u32,
+    /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]. Used in the
+    /// backend's entry.
+    pub tags: u32,
+    /// Ethernet destination and source towards the client, as they stand in the frame. Used in the
+    /// backend's entry.
+    pub l2: [u32; 3],
+    /// Tick of the first packet.
+    pub created: u32,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.

@@ -9,6 +9,9 @@
 //! a packet, loaded into a native integer without conversion. Everything else is native.
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 pub mod abi;
 pub mod addr;
 pub mod backend;
@@ -18,6 +21,7 @@ pub mod csum;
 pub mod decap;
 pub mod filter;
 pub mod flow;
+pub mod flow_table;
 pub mod fragment;
 pub mod hash;
 pub mod local;

@@ -27,6 +27,64 @@ pub unsafe fn fetch_add(target: *mut u64, value: u64) -> u64 {
     before
 }
 
+/// Writes `value`. Whatever was written before is seen by whoever sees it, and nothing that follows is read before.
+///
+/// # Safety
+///
+/// As for [`fetch_add`].
+#[inline(always)]
+pub unsafe fn exchange_u64(target: *mut u64, value: u64) {
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "{value} = xchg_64({target} + 0, {value})",
+            target = in(reg) target,
+            value = inout(reg) value => _,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    let _ = (target, value);
+}
+
+/// Defines an operation on 64 bits that returns nothing.
+macro_rules! bitwise {
+    ($(#[$doc:meta])* $name:ident, $operator:literal) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        ///
+        /// As for [`fetch_add`].
+        #[inline(always)]
+        pub unsafe fn $name(target: *mut u64, value: u64) {
+            // SAFETY: one instruction on memory the caller vouches for.
+            #[cfg(target_arch = "bpf")]
+            unsafe {
+                asm!(
+                    concat!("lock *(u64 *)({target} + 0) ", $operator, "= {value}"),
+                    target = in(reg) target,
+                    value = in(reg) value,
+                );
+            }
+            #[cfg(not(target_arch = "bpf"))]
+            let _ = (target, value);
+        }
+    };
+}
+
+bitwise!(
+    /// Clears the bits that are not in `value`.
+    and_u64, "&"
+);
+bitwise!(
+    /// Sets the bits that are in `value`.
+    or_u64, "|"
+);
+bitwise!(
+    /// Turns over the bits that are in `value`.
+    xor_u64, "^"
+);
+
 /// Replaces `old` by `new`; tells whether `old` was there.
 ///
 /// # Safety

@@ -6,7 +6,7 @@
 
 use crate::{
     family::{Family, V4, V6},
-    flow,
+    flow::{self, table},
     parse::{TcpFlags, ethernet, protocol},
     stats,
 };
@@ -130,6 +130,8 @@ fn translate<F: Family>(ctx: *mut __sk_buff, places: &Places) -> Option<()> {
         ),
         _ => return None,
     };
+    // The same desk as XDP's: both run with interrupts of the network stack held off.
+    let work = F::work()?;
     let key = FlowKey::<F::Addr> {
         src,
         dst: load(ctx, places.dst)?,
@@ -137,18 +139,17 @@ fn translate<F: Family>(ctx: *mut __sk_buff, places: &Places) -> Option<()> {
         dport: load(ctx, transport + 2)?,
         protocol: u32::from(protocol),
     };
-    let flow = F::flows()
-        .get_ptr_mut(&key)
-        .or_else(|| F::opening().get_ptr_mut(&key))?;
-    // SAFETY: a live map value, as in `flow::follow`.
-    let flow = unsafe { &mut *flow };
+    work.arrival.key = key;
+    let flow = match table::flow::<F>(F::find(table::ARRIVAL)) {
+        Some(flow) => flow,
+        // SAFETY: a live map value, as in `flow::follow`.
+        None => unsafe { &mut *F::opening().get_ptr_mut(&key)? },
+    };
     if flow.direction != DIRECTION_BACKEND {
         return None;
     }
     flow::touch(flow, flow::now());
     if TcpFlags(flags).any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST) {
-        // The same desk as XDP's: both run with interrupts of the network stack held off.
-        let work = F::work()?;
         work.arrival.key = flow.opposite(key.protocol);
         work.arrival.flags = flags;
         F::note_reply();

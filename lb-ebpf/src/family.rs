@@ -3,18 +3,20 @@
 use crate::rewrite::encap;
 use crate::{
     admit,
-    flow::{self, Work},
+    flow::{self, Work, table::Number},
     fragment,
     frame::{Cursor, Frame},
     icmp::{self, error::Quoted},
-    lookup, maps, neighbour,
+    lookup,
+    maps::{self, MMAPABLE},
+    neighbour,
     parse::{self, Link, Network, protocol},
     pressure,
     verdict::Verdict,
 };
 use aya_ebpf::{
     bindings::xdp_md,
-    btf_maps::{HashMap, LpmTrie, LruHashMap},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap},
 };
 use core::mem::offset_of;
 use lb_common::{
@@ -24,6 +26,7 @@ use lb_common::{
     client::{Affinity, ClientKey, Source},
     csum,
     flow::{Flow, FlowKey},
+    flow_table::Entry,
     fragment::{Datagram, FragmentKey},
     hash,
     service::{ServiceKey, Vip},
@@ -33,8 +36,12 @@ use network_types::{
     ip::{Ipv4Hdr, Ipv6Hdr},
 };
 
-/// The map of flows of one family.
-pub type Flows<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
+/// The flow table of one family.
+pub type Flows<A> = Array<Entry<A>, 98304, MMAPABLE>;
+/// The tags of its sets.
+pub type FlowSets = Array<u64, 12288, MMAPABLE>;
+/// The map of half-open flows of one family.
+pub type Opening<A> = LruHashMap<FlowKey<A>, Flow<A>, 65536>;
 /// The map of VIPs of one family.
 pub type Vips<A> = HashMap<A, Vip, 4096>;
 
@@ -80,8 +87,18 @@ pub trait Family: Sized {
 
     /// Its flow table.
     fn flows() -> &'static Flows<Self::Addr>;
+    /// The tags of the flow table's sets.
+    fn flow_sets() -> &'static FlowSets;
     /// Its half-open flows that are not in the flow table.
-    fn opening() -> &'static Flows<Self::Addr>;
+    fn opening() -> &'static Opening<Self::Addr>;
+    /// [`crate::flow::table`]'s subprogram that finds a flow.
+    fn find(which: u32) -> Number;
+    /// [`crate::flow::table`]'s subprogram that adds a flow.
+    fn add(which: u32) -> u64;
+    /// [`crate::flow::table`]'s subprogram that removes the other half of a flow that had to go.
+    fn bury() -> u64;
+    /// [`crate::flow::table`]'s subprogram that removes a flow.
+    fn remove(which: u32) -> u64;
     /// The number of the service that listens on `key`, if bucket `place` has it; else 0.
     fn listener(place: u32, key: &ServiceKey<Self::Addr>) -> u32;
     /// Its VIPs.
@@ -189,7 +206,9 @@ pub trait Family: Sized {
     fn mtu_word(mtu: u32) -> u32;
     /// Whether an ICMP message of this type reports what happened to a packet it quotes.
     fn is_icmp_error(kind: u8) -> bool;
-    /// [`crate::icmp::error`]'s subprogram.
+    /// [`crate::icmp::error`]'s subprogram that reads what an error quotes.
+    fn read_quote(ctx: *mut xdp_md) -> u64;
+    /// [`crate::icmp::error`]'s subprogram that carries it on.
     fn carry_error(ctx: *mut xdp_md) -> u64;
     /// Reads the header of a packet quoted at `quote`; `None` if it is cut short or is a fragment
     /// without ports.
@@ -231,8 +250,33 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn opening() -> &'static Flows<u32> {
+    fn flow_sets() -> &'static FlowSets {
+        &maps::FLOW_SETS4
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static Opening<u32> {
         &maps::OPENING4
+    }
+
+    #[inline(always)]
+    fn find(which: u32) -> Number {
+        flow::find4(which)
+    }
+
+    #[inline(always)]
+    fn add(which: u32) -> u64 {
+        flow::add4(which)
+    }
+
+    #[inline(always)]
+    fn bury() -> u64 {
+        flow::bury4()
+    }
+
+    #[inline(always)]
+    fn remove(which: u32) -> u64 {
+        flow::remove4(which)
     }
 
     #[inline(always)]
@@ -482,6 +526,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn read_quote(ctx: *mut xdp_md) -> u64 {
+        icmp::error::read_quote4(ctx)
+    }
+
+    #[inline(always)]
     fn carry_error(ctx: *mut xdp_md) -> u64 {
         icmp::error::carry_error4(ctx)
     }
@@ -547,8 +596,33 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn opening() -> &'static Flows<[u32; 4]> {
+    fn flow_sets() -> &'static FlowSets {
+        &maps::FLOW_SETS6
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static Opening<[u32; 4]> {
         &maps::OPENING6
+    }
+
+    #[inline(always)]
+    fn find(which: u32) -> Number {
+        flow::find6(which)
+    }
+
+    #[inline(always)]
+    fn add(which: u32) -> u64 {
+        flow::add6(which)
+    }
+
+    #[inline(always)]
+    fn bury() -> u64 {
+        flow::bury6()
+    }
+
+    #[inline(always)]
+    fn remove(which: u32) -> u64 {
+        flow::remove6(which)
     }
 
     #[inline(always)]
@@ -785,6 +859,11 @@ impl Family for V6 {
     fn is_icmp_error(kind: u8) -> bool {
         // Destination unreachable, packet too big, time exceeded, parameter problem.
         (1..=4).contains(&kind)
+    }
+
+    #[inline(always)]
+    fn read_quote(ctx: *mut xdp_md) -> u64 {
+        icmp::error::read_quote6(ctx)
     }
 
     #[inline(always)]

@@ -69,8 +69,12 @@ pub fn lane_of<F: Family>(address: F::Addr) -> u8 {
 /// The VIP record of an address.
 #[inline(always)]
 pub fn vip<F: Family>(address: &F::Addr) -> Option<Vip> {
+    // The compiler may write it to the stack in double words, and the verifier wants those aligned.
+    #[repr(C, align(8))]
+    struct Key<A>(A);
+    let key = Key(*address);
     // SAFETY: a copy of one word; a concurrent removal at worst shows the value of a moment ago.
-    unsafe { F::vips().get(address) }.copied()
+    unsafe { F::vips().get(&key.0) }.copied()
 }
 
 /// The service a packet is for: its number and record. A service that names the port goes before

@@ -12,6 +12,7 @@ use lb_common::{
     client::{Affinity, ClientKey, Source},
     filter,
     flow::{Flow, FlowKey},
+    flow_table::Entry,
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
@@ -20,7 +21,7 @@ use lb_common::{
 };
 
 /// `BPF_F_MMAPABLE`: the daemon maps the array into its memory.
-const MMAPABLE: usize = 1 << 10;
+pub const MMAPABLE: usize = 1 << 10;
 
 /// An IPv6 address in a map.
 type Addr6 = [u32; 4];
@@ -50,9 +51,13 @@ pub static SLOTS: Array<Slot, 65536, MMAPABLE> = Array::new();
 #[btf_map(name = "cursors")]
 pub static CURSORS: Array<Cursor, 4097, MMAPABLE> = Array::new();
 #[btf_map(name = "flows4")]
-pub static FLOWS4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
+pub static FLOWS4: Array<Entry<u32>, 98304, MMAPABLE> = Array::new();
 #[btf_map(name = "flows6")]
-pub static FLOWS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>, 65536> = LruHashMap::new();
+pub static FLOWS6: Array<Entry<Addr6>, 98304, MMAPABLE> = Array::new();
+#[btf_map(name = "flow_sets4")]
+pub static FLOW_SETS4: Array<u64, 12288, MMAPABLE> = Array::new();
+#[btf_map(name = "flow_sets6")]
+pub static FLOW_SETS6: Array<u64, 12288, MMAPABLE> = Array::new();
 #[btf_map(name = "opening4")]
 pub static OPENING4: LruHashMap<FlowKey<u32>, Flow<u32>, 65536> = LruHashMap::new();
 #[btf_map(name = "opening6")]

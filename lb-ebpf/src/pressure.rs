@@ -8,18 +8,17 @@
 use crate::{
     family::Family,
     flow::{
-        Decision, FOLLOW, OVER, Way,
+        Decision, FOLLOW, OVER, Work,
         change::{count_flow, flags_lead_to},
-        dropped, exceeds, refused, too_big, touch,
+        dropped, exceeds, refused, table, too_big, touch,
     },
     maps,
     parse::TcpFlags,
 };
-use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     abi::{TICKS_PER_SECOND, ticks_since},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
-    flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    flow::{DIRECTION_BACKEND, FlowKey, state},
     stats::DropReason,
 };
 
@@ -102,12 +101,8 @@ fn resume<F: Family>() -> Decision {
         if exceeds(work.arrival.packet_len, flow.mtu, work.arrival.ifindex) {
             return too_big(flow.mtu as u16, number);
         }
-        work.client = *flow;
-        work.way = Way {
-            l2: flow.l2,
-            ifindex: flow.ifindex,
-            tags: flow.tags,
-        };
+        table::copy(&raw mut work.client, flow);
+        work.way.set(&flow.l2, flow.ifindex, flow.tags);
         if flags.any(TcpFlags::CHANGES)
             && let Some(client) = F::opening().get_ptr_mut(&opposite)
         {
@@ -138,13 +133,13 @@ fn resume<F: Family>() -> Decision {
         return too_big(mtu, number);
     }
     flow.state = flags_lead_to(flow, flags, false);
-    work.client = *flow;
-    work.way = Way::to(backend);
-    // SAFETY: as above.
-    work.reply = unsafe { *reply };
+    table::copy(&raw mut work.client, flow);
+    work.way.set(&backend.l2, backend.ifindex, backend.tags);
+    table::copy(&raw mut work.reply, reply);
     // A second packet of the same datagrams' flow is what UDP has of a handshake.
     if matches!(work.client.state, state::ESTABLISHED | state::UDP) {
-        settle::<F>(&work.arrival.key, &opposite, &work.client, &work.reply);
+        work.reply_key = opposite;
+        settle::<F>(work);
     }
     FOLLOW
 }
@@ -158,22 +153,17 @@ fn forget<F: Family>(key: &FlowKey<F::Addr>, opposite: &FlowKey<F::Addr>) -> Dec
 
 /// Moves a flow to the flow table. Where that has no room for it, it stays.
 #[inline(always)]
-fn settle<F: Family>(
-    key: &FlowKey<F::Addr>,
-    opposite: &FlowKey<F::Addr>,
-    client: &Flow<F::Addr>,
-    reply: &Flow<F::Addr>,
-) {
-    let only_new = u64::from(BPF_NOEXIST);
-    if F::flows().insert(opposite, reply, only_new).is_err() {
+fn settle<F: Family>(work: &mut Work<F::Addr>) {
+    work.reply.proven = 1;
+    if F::find(table::REPLY) != table::NONE || !table::insert::<F>(table::REPLY) {
         return;
     }
-    if F::flows().insert(key, client, only_new).is_err() {
-        let _ = F::flows().remove(opposite);
+    if !table::insert::<F>(table::ARRIVAL) {
+        F::remove(table::REPLY);
         return;
     }
-    count_flow(client.backend, client.state, 1);
-    forget::<F>(key, opposite);
+    count_flow(work.client.backend, work.client.state, 1);
+    forget::<F>(&work.arrival.key, &work.reply_key);
 }
 
 /// Ticks that a handshake may take before its source port may be given to another flow.
@@ -197,16 +187,13 @@ fn recycle<F: Family>(any: u32) -> u64 {
         }
         let client = reply.opposite(key.protocol);
         forget::<F>(&client, key);
-        return u64::from(F::flows().get_ptr(key).is_none());
+        return u64::from(F::find(table::REPLY) == table::NONE);
     }
-    let Some(reply) = F::flows().get_ptr(key) else {
+    let Some(reply) = table::flow::<F>(F::find(table::REPLY)) else {
         return 1;
     };
-    // SAFETY: as above.
-    let client_key = unsafe { &*reply }.opposite(key.protocol);
-    if let Some(client) = F::flows().get_ptr(&client_key) {
-        // SAFETY: as above.
-        let client = unsafe { &*client };
+    work.other_key = reply.opposite(key.protocol);
+    if let Some(client) = table::flow::<F>(F::find(table::OTHER)) {
         let half_open = matches!(client.state, state::SYN_SENT | state::SYN_RECEIVED);
         if !half_open || ticks_since(work.arrival.now, client.created) < HALF_OPEN {
             return 0;
@@ -215,11 +202,11 @@ fn recycle<F: Family>(any: u32) -> u64 {
         let counted = maps::BACKENDS
             .get(backend)
             .is_some_and(|b| u32::from(b.generation) == generation);
-        if F::flows().remove(&client_key).is_ok() && counted {
+        if F::remove(table::OTHER) == 1 && counted {
             count_flow(backend, state, u64::MAX);
         }
     }
-    let _ = F::flows().remove(key);
+    F::remove(table::REPLY);
     1
 }
 

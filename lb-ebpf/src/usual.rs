@@ -7,7 +7,10 @@
 
 use crate::{
     family::{Family, V4, V6},
-    flow::{self, Outgoing},
+    flow::{
+        self, Outgoing,
+        table::{self, Look},
+    },
     forward,
     frame::Frame,
     lookup, maps,
@@ -19,6 +22,7 @@ use core::mem::offset_of;
 use lb_common::{
     filter::{LANE_NAT_SOURCE, LANE_STATELESS},
     flow::{DIRECTION_BACKEND, Flow},
+    flow_table::KeyWords,
 };
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
@@ -105,15 +109,28 @@ fn parse<F: Family>(frame: &Frame, network: Network<F>, protocol: u8) -> Option<
     })
 }
 
-/// Finds the packet's flow, if it is recorded and stays as it is.
+/// The packet's flow, if it is recorded.
+#[inline(always)]
+fn find<F: Family>(packet: &Packet<F>) -> Option<&'static mut Flow<F::Addr>> {
+    let key = packet.key();
+    match table::look::<F>(KeyWords::of(&key)) {
+        Look::Found(flow) => Some(flow),
+        Look::Missing => None,
+        Look::Unknown => {
+            let work = F::work()?;
+            work.arrival.key = key;
+            table::flow::<F>(F::find(table::ARRIVAL))
+        }
+    }
+}
+
+/// The packet's flow, if it is recorded and this packet leaves it as it is.
 #[inline(always)]
 fn follow<F: Family>(frame: &Frame, packet: &Packet<F>) -> Option<Outgoing<F::Addr>> {
     if packet.flags.any(TcpFlags::CHANGES) || F::hops(packet.network.header) <= 1 {
         return None;
     }
-    let key = packet.key();
-    // SAFETY: as in `flow::follow`.
-    let flow: &'static mut Flow<F::Addr> = unsafe { &mut *F::flows().get_ptr_mut(&key)? };
+    let flow = find(packet)?;
     let (mtu, tags) = if flow.direction == DIRECTION_BACKEND {
         (flow.mtu, flow.tags)
     } else {

@@ -7,7 +7,7 @@
 
 use crate::{
     config,
-    dataplane::{HashMap, Maps, SharedArray},
+    dataplane::{FlowTable, Flowing as _, HashMap, Maps, SharedArray, View},
     reconcile::{Settling, Table},
 };
 use anyhow::Result;
@@ -17,6 +17,7 @@ use lb_common::{
     backend::{Backend, Load, NO_BACKEND, Slot},
     client::{Affinity, ClientKey, masked},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    flow_table::Entry,
     hash,
     service::{Cursor, forward},
 };
@@ -238,8 +239,8 @@ impl Connection {
 /// The flow tables, through descriptors of their own.
 #[derive(Debug)]
 pub struct Flows {
-    flows4: HashMap<FlowKey<u32>, Flow<u32>>,
-    flows6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
+    flows4: FlowTable<u32>,
+    flows6: FlowTable<[u32; 4]>,
     opening4: HashMap<FlowKey<u32>, Flow<u32>>,
     opening6: HashMap<FlowKey<[u32; 4]>, Flow<[u32; 4]>>,
     backends: SharedArray<Backend>,
@@ -260,8 +261,8 @@ impl Flows {
     /// When the kernel gives no second descriptor.
     pub fn new(maps: &Maps) -> Result<Self> {
         Ok(Self {
-            flows4: HashMap::from_fd(maps.flows4.as_fd().try_clone_to_owned()?)?,
-            flows6: HashMap::from_fd(maps.flows6.as_fd().try_clone_to_owned()?)?,
+            flows4: <u32>::flow_table(maps)?,
+            flows6: <[u32; 4]>::flow_table(maps)?,
             opening4: HashMap::from_fd(maps.opening4.as_fd().try_clone_to_owned()?)?,
             opening6: HashMap::from_fd(maps.opening6.as_fd().try_clone_to_owned()?)?,
             backends: SharedArray::from_fd(maps.backends.as_fd().try_clone_to_owned()?)?,
@@ -308,12 +309,13 @@ impl Flows {
 
     fn sweep_table<A>(
         &self,
-        flows: &HashMap<FlowKey<A>, Flow<A>>,
+        table: &FlowTable<A>,
         timeouts: &Timeouts,
         gathered: &mut Gathered<'_>,
     ) -> Result<Clients<A>>
     where
         A: Address + Hash,
+        Entry<A>: bytemuck::Pod,
         FlowKey<A>: bytemuck::Pod,
         Flow<A>: bytemuck::Pod,
     {
@@ -326,7 +328,7 @@ impl Flows {
         let now = now();
         let mut over = Vec::new();
         let mut halves = Vec::new();
-        flows.iter_batches(|key, flow| {
+        table.sweep(|key, flow| {
             let idle = timeouts.idle.get(&flow.service).copied();
             let belongs = idle.is_some() && self.belongs(flow);
             let silent = ticks_since(now, flow.last_seen);
@@ -362,6 +364,7 @@ impl Flows {
                 over.push((*key, *flow, belongs));
             }
         })?;
+        let flows = table.view();
         for (key, flow, belongs) in over {
             let opposite = flow.opposite(key.protocol);
             if belongs {
@@ -376,7 +379,7 @@ impl Flows {
                 }
             }
             flows.remove(&opposite)?;
-            if let Some(last) = flows.take(&key)? {
+            if let Some(last) = flows.remove(&key)? {
                 if belongs && self.belongs(&last) {
                     for counter in counters(last.state) {
                         self.add(last.backend, counter, -1);
@@ -391,7 +394,8 @@ impl Flows {
             }
         }
         for (key, flow) in halves {
-            if flows.get(&flow.opposite(key.protocol))?.is_none() && flows.remove(&key)? {
+            let opposite = flow.opposite(key.protocol);
+            if flows.get(&opposite)?.is_none() && flows.remove(&key)?.is_some() {
                 sweep.orphans += 1;
             }
         }
@@ -535,17 +539,69 @@ impl Flows {
     ///
     /// When the kernel refuses to list the entries.
     pub fn each(&self, mut f: impl FnMut(&Connection) -> bool) -> Result<()> {
-        let go_on = each_of(&self.flows4, &self.backends, &mut f)?
-            && each_of(&self.opening4, &self.backends, &mut f)?
-            && each_of(&self.flows6, &self.backends, &mut f)?;
-        if go_on {
-            each_of(&self.opening6, &self.backends, &mut f)?;
-        }
-        Ok(())
+        let mut go_on = true;
+        self.each_recorded(&self.flows4, &mut go_on, &mut f)?;
+        self.each_opening(&self.opening4, &mut go_on, &mut f)?;
+        self.each_recorded(&self.flows6, &mut go_on, &mut f)?;
+        self.each_opening(&self.opening6, &mut go_on, &mut f)
     }
 }
 
 impl Flows {
+    /// Calls `f` for the clients' entries of a flow table, while it returns `true`.
+    fn each_recorded<A>(
+        &self,
+        table: &FlowTable<A>,
+        go_on: &mut bool,
+        f: &mut impl FnMut(&Connection) -> bool,
+    ) -> Result<()>
+    where
+        A: Address,
+        Entry<A>: bytemuck::Pod,
+        FlowKey<A>: bytemuck::Pod,
+        Flow<A>: bytemuck::Pod,
+    {
+        if !*go_on {
+            return Ok(());
+        }
+        let now = now();
+        let flows = table.view();
+        table.each(|_, key, flow| {
+            if *go_on && flow.direction != DIRECTION_BACKEND {
+                let reply = flows.get(&flow.opposite(key.protocol)).ok().flatten();
+                let heard = reply.map(|reply| reply.last_seen);
+                *go_on = f(&connection(&self.backends, now, (key, flow), heard));
+            }
+        })?;
+        Ok(())
+    }
+
+    /// The same for a table of half-open flows.
+    fn each_opening<A>(
+        &self,
+        opening: &HashMap<FlowKey<A>, Flow<A>>,
+        go_on: &mut bool,
+        f: &mut impl FnMut(&Connection) -> bool,
+    ) -> Result<()>
+    where
+        A: Address,
+        FlowKey<A>: bytemuck::Pod,
+        Flow<A>: bytemuck::Pod,
+    {
+        if !*go_on {
+            return Ok(());
+        }
+        let now = now();
+        opening.iter_batches(|key, flow| {
+            if *go_on && flow.direction != DIRECTION_BACKEND {
+                let reply = opening.get(&flow.opposite(key.protocol)).ok().flatten();
+                let heard = reply.map(|reply| reply.last_seen);
+                *go_on = f(&connection(&self.backends, now, (key, flow), heard));
+            }
+        })?;
+        Ok(())
+    }
+
     /// Removes the flows that `wanted` says of, and returns how many.
     ///
     /// # Errors
@@ -560,6 +616,7 @@ impl Flows {
             true
         })?;
         let mut flushed = 0;
+        let (flows4, flows6) = (self.flows4.view(), self.flows6.view());
         for (protocol, client, vip) in found {
             let (sport, dport) = (client.port().to_be(), vip.port().to_be());
             let removed = match (client.ip(), vip.ip()) {
@@ -571,7 +628,7 @@ impl Flows {
                         dport,
                         protocol,
                     };
-                    self.remove([&self.flows4, &self.opening4], &key)?
+                    self.remove(&flows4, &self.opening4, &key)?
                 }
                 (IpAddr::V6(src), IpAddr::V6(dst)) => {
                     let key = FlowKey {
@@ -581,7 +638,7 @@ impl Flows {
                         dport,
                         protocol,
                     };
-                    self.remove([&self.flows6, &self.opening6], &key)?
+                    self.remove(&flows6, &self.opening6, &key)?
                 }
                 _ => false,
             };
@@ -594,15 +651,17 @@ impl Flows {
     /// table itself is counted as a connection.
     fn remove<A>(
         &self,
-        [flows, opening]: [&HashMap<FlowKey<A>, Flow<A>>; 2],
+        flows: &View<'_, A>,
+        opening: &HashMap<FlowKey<A>, Flow<A>>,
         key: &FlowKey<A>,
     ) -> Result<bool>
     where
         A: Address,
+        Entry<A>: bytemuck::Pod,
         FlowKey<A>: bytemuck::Pod,
         Flow<A>: bytemuck::Pod,
     {
-        if let Some(flow) = flows.take(key)? {
+        if let Some(flow) = flows.remove(key)? {
             flows.remove(&flow.opposite(key.protocol))?;
             if self.belongs(&flow) {
                 for counter in counters(flow.state) {
@@ -619,39 +678,28 @@ impl Flows {
     }
 }
 
-fn each_of<A>(
-    flows: &HashMap<FlowKey<A>, Flow<A>>,
+/// A client's flow as an operator sees it; `heard` is when its backend was last seen.
+fn connection<A: Address>(
     backends: &SharedArray<Backend>,
-    f: &mut impl FnMut(&Connection) -> bool,
-) -> Result<bool>
-where
-    A: Address,
-    FlowKey<A>: bytemuck::Pod,
-    Flow<A>: bytemuck::Pod,
-{
-    let now = now();
-    let mut go_on = true;
-    flows.iter_batches(|key, flow| {
-        if go_on && flow.direction != DIRECTION_BACKEND {
-            let heard = flows.get(&flow.opposite(key.protocol)).ok().flatten();
-            let silent = ticks_since(now, flow.last_seen)
-                .min(heard.map_or(u32::MAX, |reply| ticks_since(now, reply.last_seen)));
-            go_on = f(&Connection {
-                protocol: key.protocol as u8,
-                state: flow.state,
-                client: address(key.src, key.sport),
-                vip: address(key.dst, key.dport),
-                nat_source: address(flow.src, flow.sport),
-                backend: destination(flow, || {
-                    (flow.backend < backends.len()).then(|| backends.read(flow.backend))
-                }),
-                backend_number: flow.backend,
-                service_number: flow.service,
-                silent,
-            });
-        }
-    })?;
-    Ok(go_on)
+    now: u32,
+    (key, flow): (&FlowKey<A>, &Flow<A>),
+    heard: Option<u32>,
+) -> Connection {
+    let silent = ticks_since(now, flow.last_seen)
+        .min(heard.map_or(u32::MAX, |heard| ticks_since(now, heard)));
+    Connection {
+        protocol: key.protocol as u8,
+        state: flow.state,
+        client: address(key.src, key.sport),
+        vip: address(key.dst, key.dport),
+        nat_source: address(flow.src, flow.sport),
+        backend: destination(flow, || {
+            (flow.backend < backends.len()).then(|| backends.read(flow.backend))
+        }),
+        backend_number: flow.backend,
+        service_number: flow.service,
+        silent,
+    }
 }
 
 /// Where the packets of a client's flow go. Where they keep the VIP as their destination, the

@@ -15,18 +15,21 @@ use aya::{
     },
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
+use bytemuck::Zeroable as _;
 use lb_common::{
     abi, addr, backend, client,
     filter::{
         LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP, lane_of, place,
     },
-    flow, fragment, service,
+    flow, flow_table, fragment, service,
     stats::{Counters, DropReason},
 };
+use sluice::dataplane::FlowTable;
 use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd as _,
     sync::{Barrier, Mutex},
 };
 
@@ -573,6 +576,7 @@ impl Balancer {
             nat_port_last: ports.1,
             nat_port_seed: 0x1234_5678,
             buckets: LISTENERS,
+            flow_sets: flow_table::sets(FLOWS),
             gue_port: GUE_PORT.to_be(),
             ..bytemuck::Zeroable::zeroed()
         };
@@ -1025,7 +1029,7 @@ impl Balancer {
     /// All half-open flows that began under pressure, of a family, sorted.
     #[must_use]
     pub fn opening(&self, family: Family) -> Vec<FlowEntry> {
-        self.entries(family, ["opening4", "opening6"])
+        self.half_open(family)
     }
 
     fn clear_clients(&mut self) {
@@ -1255,19 +1259,32 @@ impl Balancer {
     /// All flows of a family, sorted.
     #[must_use]
     pub fn flows(&self, family: Family) -> Vec<FlowEntry> {
-        self.entries(family, ["flows4", "flows6"])
-    }
-
-    /// The flows of a family in the map of IPv4 or that of IPv6, sorted.
-    fn entries(&self, family: Family, [v4, v6]: [&str; 2]) -> Vec<FlowEntry> {
         let mut entries: Vec<_> = match family {
             Family::V4 => self
-                .raw_flows::<u32>(v4)
+                .recorded::<u32>()
+                .iter()
+                .map(|(_, k, f)| readable(k, f))
+                .collect(),
+            Family::V6 => self
+                .recorded::<[u32; 4]>()
+                .iter()
+                .map(|(_, k, f)| readable(k, f))
+                .collect(),
+        };
+        entries.sort();
+        entries
+    }
+
+    /// The half-open flows of a family, sorted.
+    fn half_open(&self, family: Family) -> Vec<FlowEntry> {
+        let mut entries: Vec<_> = match family {
+            Family::V4 => self
+                .raw_flows::<u32>("opening4")
                 .iter()
                 .map(|(k, f)| readable(k, f))
                 .collect(),
             Family::V6 => self
-                .raw_flows::<[u32; 4]>(v6)
+                .raw_flows::<[u32; 4]>("opening6")
                 .iter()
                 .map(|(k, f)| readable(k, f))
                 .collect(),
@@ -1276,7 +1293,7 @@ impl Balancer {
         entries
     }
 
-    /// All entries of a flow table as they are.
+    /// All entries of a table of half-open flows as they are.
     fn raw_flows<A>(&self, map: &str) -> Vec<(flow::FlowKey<A>, flow::Flow<A>)>
     where
         A: addr::Address,
@@ -1298,15 +1315,54 @@ impl Balancer {
 
     /// Makes every flow older by `ticks`, as if so much time had passed.
     pub fn age_flows(&mut self, ticks: u32) {
-        for (key, mut flow) in self.raw_flows::<u32>("flows4") {
+        self.age_recorded::<u32>(ticks);
+        self.age_recorded::<[u32; 4]>(ticks);
+    }
+
+    fn age_recorded<A: addr::Address>(&mut self, ticks: u32)
+    where
+        flow_table::Entry<A>: bytemuck::Pod,
+        flow::FlowKey<A>: bytemuck::Pod,
+        flow::Flow<A>: bytemuck::Pod,
+    {
+        let [map, _] = flow_maps::<A>();
+        for (place, key, mut flow) in self.recorded::<A>() {
             flow.created = flow.created.wrapping_sub(ticks);
             flow.last_seen = flow.last_seen.wrapping_sub(ticks);
-            self.hash_insert("flows4", key, flow);
+            let empty = flow_table::Entry::<A>::zeroed();
+            self.set(map, place, flow_table::Entry { key, flow, ..empty });
         }
-        for (key, mut flow) in self.raw_flows::<[u32; 4]>("flows6") {
-            flow.created = flow.created.wrapping_sub(ticks);
-            flow.last_seen = flow.last_seen.wrapping_sub(ticks);
-            self.hash_insert("flows6", key, flow);
+    }
+
+    /// The flow table of a family: places, keys and values.
+    fn recorded<A: addr::Address>(&self) -> Vec<(u32, flow::FlowKey<A>, flow::Flow<A>)>
+    where
+        flow_table::Entry<A>: bytemuck::Pod,
+        flow::FlowKey<A>: bytemuck::Pod,
+        flow::Flow<A>: bytemuck::Pod,
+    {
+        let fd = |name: &str| match self.ebpf().map(name) {
+            Some(Map::Array(map)) => map.fd().as_fd(),
+            _ => panic!("the object has no array {name}"),
+        };
+        let [entries, sets] = flow_maps::<A>();
+        let mut recorded = Vec::new();
+        FlowTable::new(fd(entries), fd(sets), fd("settings"))
+            .and_then(|table| table.each(|place, key, flow| recorded.push((place, *key, *flow))))
+            .unwrap_or_else(|e| panic!("map {entries}: {e}"));
+        recorded
+    }
+
+    fn clear_recorded<A: addr::Address>(&mut self)
+    where
+        flow_table::Entry<A>: bytemuck::Pod,
+        flow::FlowKey<A>: bytemuck::Pod,
+        flow::Flow<A>: bytemuck::Pod,
+    {
+        let [map, tags] = flow_maps::<A>();
+        for (place, ..) in self.recorded::<A>() {
+            self.set(map, place, flow_table::Entry::<A>::zeroed());
+            self.set(tags, place / flow_table::WAYS, 0_u64);
         }
     }
 
@@ -1346,8 +1402,8 @@ impl Balancer {
 
     /// Forgets all flows, fragments, connections and round-robin positions; counters stay.
     pub fn reset(&mut self) {
-        self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
-        self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_recorded::<u32>();
+        self.clear_recorded::<[u32; 4]>();
         self.clear_opening();
         self.clear_fragments();
         self.clear_clients();
@@ -1360,8 +1416,8 @@ impl Balancer {
 
     /// Makes the maps as a fresh object has them, but for the counters.
     fn wipe(&mut self) {
-        self.clear_hash::<flow::FlowKey<u32>, flow::Flow<u32>>("flows4");
-        self.clear_hash::<flow::FlowKey<[u32; 4]>, flow::Flow<[u32; 4]>>("flows6");
+        self.clear_recorded::<u32>();
+        self.clear_recorded::<[u32; 4]>();
         self.clear_opening();
         self.clear_fragments();
         self.clear_clients();
@@ -1457,8 +1513,10 @@ fn load() -> Ebpf {
         ("backends", BACKENDS),
         ("backend_load", BACKENDS),
         ("backend_stats", BACKENDS),
-        ("flows4", FLOWS),
-        ("flows6", FLOWS),
+        ("flows4", flow_table::sets(FLOWS) * flow_table::WAYS),
+        ("flows6", flow_table::sets(FLOWS) * flow_table::WAYS),
+        ("flow_sets4", flow_table::sets(FLOWS)),
+        ("flow_sets6", flow_table::sets(FLOWS)),
         ("opening4", OPENING),
         ("opening6", OPENING),
         ("fragments4", FRAGMENTS),
@@ -1495,6 +1553,15 @@ impl Drop for Balancer {
         if let (Some(ebpf), Ok(mut idle)) = (self.ebpf.take(), idle().lock()) {
             idle.push((ebpf, std::mem::take(&mut self.lanes)));
         }
+    }
+}
+
+/// The maps of a family's flow table: its entries, and the tags of its sets.
+fn flow_maps<A: addr::Address>() -> [&'static str; 2] {
+    if A::FAMILY == addr::FAMILY_V4 {
+        ["flows4", "flow_sets4"]
+    } else {
+        ["flows6", "flow_sets6"]
     }
 }
 

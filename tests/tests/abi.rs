@@ -7,6 +7,7 @@ use lb_common::{
     client::{AccessKey, Affinity, ClientKey, Source},
     decap,
     flow::{Flow, FlowKey},
+    flow_table::Entry,
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
@@ -63,7 +64,7 @@ fn layouts() -> Vec<Layout> {
                 nat_sources6: u8,
                 new_flows: u32,
                 buckets: u32,
-                reserved: u32,
+                flow_sets: u32,
             }
         ),
         layout!(
@@ -142,13 +143,19 @@ fn layouts() -> Vec<Layout> {
         }),
         layout!("Flow_3C_u32_3E_", Flow<u32> {
             src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
-            l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8, mtu: u32,
+            l3_delta: u16, l4_delta: u16, state: u8, direction: u8, forward: u8, proven: u8, last_seen: u32,
+            mtu: u32, ifindex: u32, tags: u32, l2: [u32; 3], created: u32,
         }),
         layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
             src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
-            l2: [u32; 3], ifindex: u32, tags: u32, last_seen: u32, created: u32, l3_delta: u16, l4_delta: u16,
-            state: u8, direction: u8, forward: u8, reserved: u8, mtu: u32,
+            l3_delta: u16, l4_delta: u16, state: u8, direction: u8, forward: u8, proven: u8, last_seen: u32,
+            mtu: u32, ifindex: u32, tags: u32, l2: [u32; 3], created: u32,
+        }),
+        layout!("Entry_3C_u32_3E_", Entry<u32> {
+            key: FlowKey<u32>, flow: Flow<u32>, reserved: [u32; 12],
+        }),
+        layout!("Entry_3C__5B_u32_3B__20_4_5D__3E_", Entry<Addr6> {
+            key: FlowKey<Addr6>, flow: Flow<Addr6>, reserved: [u32; 0],
         }),
         layout!("FragmentKey_3C_u32_3E_", FragmentKey<u32> {
             src: u32, dst: u32, id: u32, protocol: u32,
@@ -266,7 +273,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 39] = [
+const MAPS: [(&str, &str, &str); 41] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -279,12 +286,10 @@ const MAPS: [(&str, &str, &str); 39] = [
     ("backends", "4", "Backend"),
     ("slots", "4", "Slot"),
     ("cursors", "4", "Cursor"),
-    ("flows4", "FlowKey_3C_u32_3E_", "Flow_3C_u32_3E_"),
-    (
-        "flows6",
-        "FlowKey_3C__5B_u32_3B__20_4_5D__3E_",
-        "Flow_3C__5B_u32_3B__20_4_5D__3E_",
-    ),
+    ("flows4", "4", "Entry_3C_u32_3E_"),
+    ("flows6", "4", "Entry_3C__5B_u32_3B__20_4_5D__3E_"),
+    ("flow_sets4", "4", "8"),
+    ("flow_sets6", "4", "8"),
     ("opening4", "FlowKey_3C_u32_3E_", "Flow_3C_u32_3E_"),
     (
         "opening6",

@@ -1,13 +1,13 @@
 //! A connection changes state, or ends.
 
-use super::{Decision, FOLLOW, OVER, dropped, refused};
+use super::{Decision, FOLLOW, OVER, Work, dropped, refused, table};
 use crate::{atomic, family::Family, lookup, maps, parse::TcpFlags};
 use core::mem::offset_of;
 use lb_common::{
     abi::ticks_since,
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
     filter::LANE_VIP,
-    flow::{Flow, FlowKey, SYN_REPEATED, next_state, state},
+    flow::{Flow, SYN_REPEATED, next_state, state},
     service::{SERVICE_PLURAL, forward, on_backend_down},
     stats::DropReason,
 };
@@ -18,13 +18,10 @@ pub fn revise<F: Family>() -> Decision {
     let Some(work) = F::work() else {
         return FOLLOW;
     };
-    let arrival = &work.arrival;
-    let key = &arrival.key;
-    let Some(flow) = F::flows().get_ptr_mut(key) else {
+    let Some(flow) = table::flow::<F>(work.number) else {
         return OVER;
     };
-    // SAFETY: as in `follow`.
-    let flow = unsafe { &mut *flow };
+    let arrival = &work.arrival;
     let Some(backend) = maps::BACKENDS.get(flow.backend) else {
         return dropped(DropReason::NoBackend, flow.service);
     };
@@ -41,20 +38,20 @@ pub fn revise<F: Family>() -> Decision {
         let reset = !known || rule != on_backend_down::KEEP;
         let moves = rule == on_backend_down::RESCHEDULE;
         if flags.opens() || (udp && reset) || moves {
-            forget::<F>(key, flow, known);
+            forget::<F>(work, flow, known);
             // Only where the packet goes on to be placed, so that the mark meets no other.
             let is_vip = lookup::lane_of::<F>(work.arrival.key.dst) & LANE_VIP != 0;
             work.moves = u32::from(moves && is_vip);
             return OVER;
         }
         if reset {
-            forget::<F>(key, flow, known);
+            forget::<F>(work, flow, known);
             return refused(DropReason::BackendDown, number);
         }
     }
     if flags.opens() {
         if state::is_over(flow.state, forward::translates(flow.forward)) {
-            forget::<F>(key, flow, known);
+            forget::<F>(work, flow, known);
             return OVER;
         }
         let limit = service.map_or(0, |s| s.connect_timeout);
@@ -62,7 +59,7 @@ pub fn revise<F: Family>() -> Decision {
             && limit != 0
             && ticks_since(arrival.now, flow.created) >= limit
         {
-            forget::<F>(key, flow, known);
+            forget::<F>(work, flow, known);
             return refused(DropReason::ConnectTimeout, number);
         }
         if flow.state == state::SYN_SENT
@@ -72,14 +69,22 @@ pub fn revise<F: Family>() -> Decision {
             // The client asks again, so nobody has answered: another backend shall.
             count_load(flow.backend, RETRIES, 1);
             (work.avoid, work.since) = (flow.backend, flow.created);
-            forget::<F>(key, flow, known);
+            forget::<F>(work, flow, known);
             return OVER;
         }
     }
     if backend.flags & BACKEND_RESOLVED == 0 {
         return dropped(DropReason::NoNeighbour, number);
     }
+    let was_open = flow.state == state::ESTABLISHED;
     advance(flow, flags, false);
+    if flow.state == state::ESTABLISHED && !was_open && forward::translates(flow.forward) {
+        // The client is where its packets say: the backend's entry is to be kept as well.
+        work.other_key = flow.opposite(work.arrival.key.protocol);
+        if let Some(reply) = table::flow::<F>(F::find(table::OTHER)) {
+            reply.proven = 1;
+        }
+    }
     FOLLOW
 }
 
@@ -89,7 +94,7 @@ pub fn note_reply<F: Family>() -> Decision {
     let Some(work) = F::work() else {
         return FOLLOW;
     };
-    let Some(flow) = F::flows().get_ptr_mut(&work.arrival.key) else {
+    let Some(flow) = table::flow::<F>(F::find(table::ARRIVAL)) else {
         if let Some(flow) = F::opening().get_ptr_mut(&work.arrival.key) {
             // Not counted yet.
             // SAFETY: as in `follow`.
@@ -98,8 +103,6 @@ pub fn note_reply<F: Family>() -> Decision {
         }
         return FOLLOW;
     };
-    // SAFETY: as in `follow`.
-    let flow = unsafe { &mut *flow };
     let flags = TcpFlags(work.arrival.flags);
     if flags.any(TcpFlags::RST) && flow.state == state::SYN_SENT {
         count_load(flow.backend, RESETS, 1);
@@ -186,14 +189,14 @@ pub fn count_flow(backend: u32, state: u8, change: u64) {
     }
 }
 
-/// Removes both entries of a flow. `counted`: its backend still counts it.
+/// Removes both entries of the arriving packet's flow. `counted`: its backend still counts it.
 #[inline(always)]
-fn forget<F: Family>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, counted: bool) {
+fn forget<F: Family>(work: &mut Work<F::Addr>, flow: &Flow<F::Addr>, counted: bool) {
     let (backend, state) = (flow.backend, flow.state);
-    let opposite = flow.opposite(key.protocol);
-    let _ = F::flows().remove(&opposite);
+    work.other_key = flow.opposite(work.arrival.key.protocol);
+    F::remove(table::OTHER);
     // Only whoever removed the client's entry counts its end.
-    if F::flows().remove(key).is_ok() && counted {
+    if F::remove(table::ARRIVAL) == 1 && counted {
         count_flow(backend, state, u64::MAX);
     }
 }

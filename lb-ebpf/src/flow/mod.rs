@@ -7,13 +7,14 @@
 
 pub mod change;
 mod place;
+pub mod table;
 
 use crate::{
     family::Family,
     frame::Frame,
     maps,
     parse::{Link, Packet, TcpFlags},
-    pressure,
+    pressure, rewrite,
     verdict::Verdict,
 };
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_ktime_get_coarse_ns};
@@ -29,6 +30,7 @@ use lb_common::{
     stats::DropReason,
 };
 use network_types::eth::EthHdr;
+use table::Number;
 
 /// Where a packet goes and what it becomes. Everything stays in the maps it was found in: a copy
 /// would fill the stack.
@@ -76,14 +78,12 @@ pub struct Way {
 }
 
 impl Way {
-    /// To a backend.
+    /// To a backend, or to a client.
     #[inline(always)]
-    pub const fn to(backend: &Backend) -> Self {
-        Self {
-            l2: backend.l2,
-            ifindex: backend.ifindex,
-            tags: backend.tags,
-        }
+    pub fn set(&mut self, l2: &[u32; 3], ifindex: u32, tags: u32) {
+        rewrite::copy_link(&mut self.l2, l2);
+        self.ifindex = ifindex;
+        self.tags = tags;
     }
 }
 
@@ -115,6 +115,12 @@ pub struct Work<A> {
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
+    /// A key that the flow table is asked for.
+    pub other_key: FlowKey<A>,
+    /// The entry that was found, or is being filled.
+    pub number: Number,
+    /// How little the flow in it will be missed.
+    pub worth: u64,
     /// The client's entry of a new flow, or the entry that the packet of a half-open one belongs to.
     pub client: Flow<A>,
     /// Where the packet leaves to, whichever entry that is.
@@ -190,12 +196,11 @@ pub fn follow<F: Family>(
     if lane == LANE_NAT_SOURCE && !is_nat_port(packet.dport) {
         return Err(Verdict::PASS);
     }
-    let key = packet.key();
+    let work = F::work().ok_or(Verdict::PASS)?;
+    work.arrival.key = packet.key();
     let can_travel = F::hops(packet.network.header) > 1;
-    if let Some(flow) = F::flows().get_ptr_mut(&key) {
-        // SAFETY: a live map value. An eviction may hand the memory to another flow while it is
-        // read, as with every shared LRU map; the packet then goes where that flow goes.
-        let flow = unsafe { &mut *flow };
+    work.number = F::find(table::ARRIVAL);
+    if let Some(flow) = table::flow::<F>(work.number) {
         let now = now();
         if !can_travel && flow.forward != forward::DSR {
             return Err(Verdict::refused(
@@ -207,14 +212,14 @@ pub fn follow<F: Family>(
         if flow.direction == DIRECTION_BACKEND {
             return to_client::<F>(frame, packet, flow, now);
         }
-        if let Some(outgoing) = to_backend::<F>(frame, packet, &key, flow, now)? {
+        if let Some(outgoing) = to_backend::<F>(frame, packet, flow, now)? {
             return Ok(outgoing);
         }
     }
     if lane & LANE_VIP == 0 && !pressure::may_be_opening(now()) {
         return Err(Verdict::PASS);
     }
-    begin::<F>(frame, link, packet, &key, can_travel, lane)
+    begin::<F>(frame, link, packet, can_travel, lane)
 }
 
 /// A packet from the backend, on its way to the client.
@@ -253,7 +258,6 @@ fn to_client<F: Family>(
 fn to_backend<F: Family>(
     frame: &Frame,
     packet: &Packet<F>,
-    key: &FlowKey<F::Addr>,
     flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Option<Outgoing<F::Addr>>, Verdict> {
@@ -262,7 +266,6 @@ fn to_backend<F: Family>(
     };
     if packet.flags.any(TcpFlags::CHANGES) || !is_steady(flow, backend) {
         let work = F::work().ok_or(Verdict::PASS)?;
-        work.arrival.key = *key;
         work.arrival.flags = packet.flags.0;
         work.arrival.now = now;
         match F::revise() {
@@ -318,12 +321,10 @@ fn begin<F: Family>(
     frame: &Frame,
     link: &Link,
     packet: &Packet<F>,
-    key: &FlowKey<F::Addr>,
     can_travel: bool,
     lane: u8,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
     let work = F::work().ok_or(Verdict::PASS)?;
-    work.arrival.key = *key;
     work.arrival.l2 = back(link);
     work.arrival.ifindex = frame.ingress();
     work.arrival.tags = link.tags;
@@ -402,7 +403,35 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
+    ($family:ty, $find:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
+        /// [`table::find`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $find(which: u32) -> Number {
+            table::find::<$family>(which)
+        }
+
+        /// [`table::add`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $add(which: u32) -> u64 {
+            table::add::<$family>(which)
+        }
+
+        /// [`table::bury`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $bury() -> u64 {
+            table::bury::<$family>()
+        }
+
+        /// [`table::remove`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $remove(which: u32) -> u64 {
+            table::remove::<$family>(which)
+        }
+
         /// [`place::choose`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -442,6 +471,10 @@ macro_rules! subprograms {
 
 subprograms!(
     crate::family::V4,
+    find4,
+    add4,
+    bury4,
+    remove4,
     choose4,
     record_reply4,
     record_client4,
@@ -450,6 +483,10 @@ subprograms!(
 );
 subprograms!(
     crate::family::V6,
+    find6,
+    add6,
+    bury6,
+    remove6,
     choose6,
     record_reply6,
     record_client6,

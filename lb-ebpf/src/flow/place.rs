@@ -4,8 +4,8 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS, Way, change::count_flow, dropped, exceeds, interface_mtu, refused,
-    too_big,
+    Decision, FOLLOW, NOT_OURS, change::count_flow, dropped, exceeds, interface_mtu, refused,
+    table, too_big,
 };
 use crate::{
     admit, atomic,
@@ -189,7 +189,8 @@ pub fn choose<F: Family>() -> Decision {
         },
         direction: DIRECTION_BACKEND,
         forward: mode,
-        reserved: 0,
+        // UDP has no more to show.
+        proven: u8::from(udp),
         mtu: interface_mtu(arrival.ifindex),
     };
     FOLLOW
@@ -264,11 +265,6 @@ pub fn record_reply<F: Family>() -> Decision {
         1
     };
     let mut own = work.reply.forward == forward::DNAT;
-    let (table, other) = if work.opening == 0 {
-        (F::flows(), F::opening())
-    } else {
-        (F::opening(), F::flows())
-    };
     // A port that a flow of the other table has is taken too.
     let asks_both = pressure::may_be_opening(work.arrival.now);
     for attempt in 0..PORT_TRIES {
@@ -279,8 +275,8 @@ pub fn record_reply<F: Family>() -> Decision {
         };
         own = false;
         work.reply_key.dport = port;
-        let mut taken = table.get_ptr(&work.reply_key).is_some()
-            || asks_both && other.get_ptr(&work.reply_key).is_some();
+        let mut taken = F::find(table::REPLY) != table::NONE
+            || asks_both && F::opening().get_ptr(&work.reply_key).is_some();
         if taken && attempt >= PORT_TRIES - RECYCLING_TRIES {
             // One that has just begun may be real.
             let any = attempt >= PORT_TRIES - LAST_TRIES;
@@ -288,10 +284,16 @@ pub fn record_reply<F: Family>() -> Decision {
         }
         if !taken {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
-            if table
-                .insert(&work.reply_key, &work.reply, u64::from(BPF_NOEXIST))
-                .is_ok()
-            {
+            let added = if work.opening == 0 {
+                table::insert::<F>(table::REPLY)
+            } else {
+                let only_new = u64::from(BPF_NOEXIST);
+                let opening = F::opening();
+                opening
+                    .insert(&work.reply_key, &work.reply, only_new)
+                    .is_ok()
+            };
+            if added {
                 return FOLLOW;
             }
         }
@@ -313,8 +315,8 @@ pub fn record_client<F: Family>() -> Decision {
     let Some(backend) = maps::BACKENDS.get(backend_number) else {
         return dropped(DropReason::NoBackend, number);
     };
-    work.way = Way::to(backend);
-    work.client = work.reply;
+    work.way.set(&backend.l2, backend.ifindex, backend.tags);
+    table::copy(&raw mut work.client, &raw const work.reply);
     work.client.src = work.reply_key.dst;
     work.client.dst = work.reply_key.src;
     work.client.sport = work.reply_key.dport;
@@ -322,6 +324,7 @@ pub fn record_client<F: Family>() -> Decision {
     work.client.l3_delta = !work.reply.l3_delta;
     work.client.l4_delta = !work.reply.l4_delta;
     work.client.direction = DIRECTION_CLIENT;
+    work.client.proven = 0;
     if work.recording == 0 {
         if work.client.state == state::SYN_SENT {
             stats::count_connection(number, backend_number);
@@ -334,19 +337,24 @@ pub fn record_client<F: Family>() -> Decision {
         // SAFETY: a map value, aligned to 8 bytes.
         unsafe { atomic::fetch_add(&raw mut (*cursor).recorded, 1) };
     }
-    let table = if work.opening == 0 {
-        F::flows()
+    let added = if work.opening == 0 {
+        table::insert::<F>(table::ARRIVAL)
     } else {
-        F::opening()
+        let only_new = u64::from(BPF_NOEXIST);
+        let opening = F::opening();
+        opening
+            .insert(&work.arrival.key, &work.client, only_new)
+            .is_ok()
     };
-    if table
-        .insert(&work.arrival.key, &work.client, u64::from(BPF_NOEXIST))
-        .is_err()
-    {
+    if !added {
         // Full, or another CPU was faster with a packet of the same flow; the sender repeats this
         // one.
         if forward::translates(work.client.forward) {
-            let _ = table.remove(&work.reply_key);
+            if work.opening == 0 {
+                F::remove(table::REPLY);
+            } else {
+                let _ = F::opening().remove(&work.reply_key);
+            }
         }
         return dropped(DropReason::TableFull, number);
     }

@@ -7,6 +7,7 @@
 use crate::{
     checksum,
     family::{Family, V4, V6},
+    flow::table,
     frame::{Cursor, Frame},
     lookup, maps, parse,
     parse::protocol,
@@ -45,35 +46,67 @@ const QUOTED_TRANSPORT: u32 = 8;
 /// no flow is the kernel's.
 #[inline(always)]
 pub fn carry_on<F: Family>(frame: &Frame, link: &parse::Link) -> Verdict {
+    // One after the other: the stack has no room for a subprogram that calls one that calls another.
+    if F::read_quote(frame.ctx) == 0 {
+        return Verdict::PASS;
+    }
+    let Some(work) = F::work() else {
+        return Verdict::PASS;
+    };
+    work.number = F::find(table::ARRIVAL);
     rewrite::finish::<F>(frame, link, F::carry_error(frame.ctx))
 }
 
-/// All of [`carry_on`] but the encapsulation and the VLAN tags.
+/// An ICMP error and what it quotes.
+struct Report<F: Family> {
+    link: parse::Link,
+    network: parse::Network<F>,
+    located: parse::Located,
+    /// The first byte of the quoted packet's transport header.
+    transport: Cursor,
+    quoted: Quoted<F::Addr>,
+}
+
 #[inline(always)]
-fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
-    let frame = Frame::new(ctx);
-    let link = parse::ethernet(&frame)?;
-    let network = parse::network::<F>(&frame, &link)?;
-    let Ok(located) = F::locate(&frame, &network) else {
-        return Err(Verdict::PASS);
-    };
+fn report<F: Family>(frame: &Frame) -> Option<Report<F>> {
+    let link = parse::ethernet(frame).ok()?;
+    let network = parse::network::<F>(frame, &link).ok()?;
+    let located = F::locate(frame, &network).ok()?;
     let icmp = located.header;
     let quote = icmp.skip(Icmpv4Hdr::LEN);
-    let quoted = F::quoted(&frame, quote).ok_or(Verdict::PASS)?;
+    let quoted = F::quoted(frame, quote)?;
     // An error goes to the source of what it quotes.
     if located.protocol != F::ICMP || !F::is_icmp_error(icmp.read(0)) || network.dst != quoted.src {
-        return Err(Verdict::PASS);
+        return None;
     }
     let to_transport = Icmpv4Hdr::LEN as u32 + quoted.header_len;
     if located.transport_len < to_transport + QUOTED_TRANSPORT {
-        return Err(Verdict::PASS);
+        return None;
     }
     let transport = quote.skip(quoted.header_len as usize);
-    let transport = frame
-        .check(transport, QUOTED_TRANSPORT as usize)
-        .ok_or(Verdict::PASS)?;
+    let transport = frame.check(transport, QUOTED_TRANSPORT as usize)?;
+    Some(Report {
+        link,
+        network,
+        located,
+        transport,
+        quoted,
+    })
+}
 
-    let work = F::work().ok_or(Verdict::PASS)?;
+/// Leaves the key of the flow that an error quotes in `work.arrival.key`; 0 if it is none.
+#[inline(always)]
+fn read<F: Family>(ctx: *mut xdp_md) -> u64 {
+    let frame = Frame::new(ctx);
+    let Some(work) = F::work() else {
+        return 0;
+    };
+    let Some(Report {
+        quoted, transport, ..
+    }) = report::<F>(&frame)
+    else {
+        return 0;
+    };
     work.arrival.key = FlowKey {
         src: quoted.dst,
         dst: quoted.src,
@@ -81,9 +114,26 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
         dport: transport.read(0),
         protocol: u32::from(quoted.protocol),
     };
-    let flow = match F::flows().get_ptr_mut(&work.arrival.key) {
-        // SAFETY: as in `flow::follow`.
-        Some(flow) => unsafe { &*flow },
+    1
+}
+
+/// All of [`carry_on`] but the encapsulation and the VLAN tags, for the flow that was found.
+#[inline(always)]
+fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
+    let frame = Frame::new(ctx);
+    let Report {
+        link,
+        network,
+        located,
+        transport,
+        quoted,
+    } = report::<F>(&frame).ok_or(Verdict::PASS)?;
+    let icmp = located.header;
+    let quote = icmp.skip(Icmpv4Hdr::LEN);
+    let to_transport = Icmpv4Hdr::LEN as u32 + quoted.header_len;
+    let work = F::work().ok_or(Verdict::PASS)?;
+    let flow = match table::flow::<F>(work.number) {
+        Some(flow) => &*flow,
         None => {
             stateless::describe::<F>(work).ok_or(Verdict::PASS)?;
             // SAFETY: per-CPU memory, which nothing changes before the error has left.
@@ -202,6 +252,20 @@ fn translate_quote<F: Family>(
 fn add_to_check(icmp: Cursor, delta: u16) {
     let check: u16 = icmp.read(offset_of!(Icmpv4Hdr, check));
     icmp.write(offset_of!(Icmpv4Hdr, check), csum::update(check, delta));
+}
+
+/// [`read`] for IPv4.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn read_quote4(ctx: *mut xdp_md) -> u64 {
+    read::<V4>(ctx)
+}
+
+/// [`read`] for IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn read_quote6(ctx: *mut xdp_md) -> u64 {
+    read::<V6>(ctx)
 }
 
 /// [`carry`] for IPv4, as a function the kernel verifies once.

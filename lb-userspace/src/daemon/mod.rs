@@ -120,8 +120,8 @@ struct Events {
 
 /// A sweep that runs beside the task, or the tables until the next.
 enum Sweeper {
-    Resting(Flows, tokio::time::Instant),
-    Running(JoinHandle<(Flows, Result<Sweep>, Duration)>),
+    Resting(Box<Flows>, tokio::time::Instant),
+    Running(JoinHandle<(Box<Flows>, Result<Sweep>, Duration)>),
 }
 
 impl Daemon {
@@ -133,7 +133,7 @@ impl Daemon {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweeper = Sweeper::Resting(
-            Flows::new(&self.dataplane.maps)?,
+            Box::new(Flows::new(&self.dataplane.maps)?),
             tokio::time::Instant::now() + SWEEP_INTERVAL,
         );
         while !self.ended {
@@ -642,6 +642,7 @@ impl Daemon {
             abi_version: before.abi_version,
             nat_port_seed: before.nat_port_seed,
             buckets: before.buckets,
+            flow_sets: before.flow_sets,
             ..settings
         };
         // None in use while they are written.

@@ -6,7 +6,7 @@ use super::{
     attach::interface_name,
     listeners::{Bucketed, Listeners},
     map::{HashMap, PerCpuArray, SharedArray, is_zero},
-    maps::{Maps, NAMES},
+    maps::{Flowing, Maps, NAMES},
     pins,
 };
 use crate::api::types::MapStatus;
@@ -18,6 +18,7 @@ use lb_common::{
     client::{ALLOW, AccessKey, Affinity, ClientKey, SERVICE_BITS, Source},
     filter,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    flow_table::{DISPLACED, Entry, Tags, WAYS},
     fragment::{Datagram, FragmentKey},
     local::{PEER_VIP, Peer, PeerKey},
     names::{self, name_of},
@@ -90,8 +91,10 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
             emit,
             |index, c| json!({"service": index, "next": c.next}),
         ),
-        "flows4" => hash(&maps.flows4, emit, flow),
-        "flows6" => hash(&maps.flows6, emit, flow),
+        "flows4" => flows::<u32>(&maps, emit),
+        "flows6" => flows::<[u32; 4]>(&maps, emit),
+        "flow_sets4" => array(&maps.flow_sets4, emit, set),
+        "flow_sets6" => array(&maps.flow_sets6, emit, set),
         "opening4" => hash(&maps.opening4, emit, flow),
         "opening6" => hash(&maps.opening6, emit, flow),
         "last_opening" => array(
@@ -188,6 +191,27 @@ fn hash<K: Pod, V: Pod>(
         }
     })?;
     result
+}
+
+fn flows<A: Flowing>(maps: &Maps, emit: Emit<'_>) -> io::Result<()>
+where
+    Entry<A>: Pod,
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut result = Ok(());
+    A::flow_table(maps)?.each(|_, key, value| {
+        if result.is_ok() {
+            result = emit(flow(key, value));
+        }
+    })?;
+    result
+}
+
+/// The tags of a set, and whether flows of it are in another one.
+fn set(index: u32, word: u64) -> Value {
+    let tags: Vec<u64> = (0..WAYS).map(|way| Tags(word).of(way)).collect();
+    json!({"set": index, "tags": tags, "displaced": word & DISPLACED != 0})
 }
 
 fn array<T: Pod>(

@@ -17,6 +17,7 @@ use aya::{
 };
 use lb_common::{
     abi::{ABI_VERSION, MAGIC, Settings},
+    flow_table,
     local::LocalSettings,
 };
 use std::{
@@ -393,6 +394,7 @@ fn marked(settings: Settings, limits: &Limits) -> Settings {
         magic: MAGIC,
         abi_version: ABI_VERSION,
         buckets: limits.listeners,
+        flow_sets: flow_table::sets(limits.flows),
         ..settings
     }
 }

@@ -31,7 +31,7 @@ fn mismatch(what: &str, kernel: u32, ours: usize) -> io::Error {
 }
 
 /// Checks that the map has keys of `K` and values of `V`.
-fn checked<K, V>(fd: &OwnedFd) -> io::Result<bpf::MapInfo> {
+pub(super) fn checked<K, V>(fd: &OwnedFd) -> io::Result<bpf::MapInfo> {
     let info = bpf::map_info(fd.as_fd())?;
     if info.key_size as usize != size_of::<K>() {
         return Err(mismatch("a key", info.key_size, size_of::<K>()));

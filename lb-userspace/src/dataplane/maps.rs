@@ -2,6 +2,7 @@
 
 use super::{
     bpf,
+    flow_table::{FlowEntries, FlowTable},
     listeners::{Bucketed, Listeners},
     map::{HashMap, PerCpuArray, Redirect, SharedArray, is_zero},
 };
@@ -10,9 +11,11 @@ use anyhow::{Context as _, Result};
 use bytemuck::Pod;
 use lb_common::{
     abi::{Pressure, Settings},
+    addr::Address,
     backend::{Backend, Load, Slot},
     client::{AccessKey, Affinity, ClientKey, Source},
     flow::{Flow, FlowKey},
+    flow_table::Entry,
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
@@ -63,7 +66,7 @@ macro_rules! maps {
             pub fn status(&self) -> io::Result<Vec<MapStatus>> {
                 Ok(vec![$(MapStatus {
                     name: stringify!($name).to_owned(),
-                    entries: self.$name.entries()?,
+                    entries: self.$name.entries(self)?,
                     max_entries: self.$name.max_entries().into(),
                 }),+])
             }
@@ -97,9 +100,13 @@ maps! {
     /// Round-robin positions by service number.
     cursors: SharedArray<Cursor>,
     /// IPv4 flows.
-    flows4: HashMap<FlowKey<u32>, Flow<u32>>,
+    flows4: FlowEntries<u32>,
     /// IPv6 flows.
-    flows6: HashMap<FlowKey<V6>, Flow<V6>>,
+    flows6: FlowEntries<V6>,
+    /// The tags of sets of IPv4 flows: see [`lb_common::flow_table::Tags`].
+    flow_sets4: SharedArray<u64>,
+    /// The tags of sets of IPv6 flows.
+    flow_sets6: SharedArray<u64>,
     /// IPv4 flows that began under pressure and are half open.
     opening4: HashMap<FlowKey<u32>, Flow<u32>>,
     /// IPv6 flows that began under pressure and are half open.
@@ -157,14 +164,38 @@ impl Maps {
     }
 }
 
+/// A family that has a flow table.
+pub trait Flowing: Address {
+    /// Its flow table in `maps`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no second descriptor, or refuses to map the notes.
+    fn flow_table(maps: &Maps) -> io::Result<FlowTable<Self>>;
+}
+
+impl Flowing for u32 {
+    fn flow_table(maps: &Maps) -> io::Result<FlowTable<Self>> {
+        let settings = maps.settings.as_fd();
+        FlowTable::new(maps.flows4.as_fd(), maps.flow_sets4.as_fd(), settings)
+    }
+}
+
+impl Flowing for V6 {
+    fn flow_table(maps: &Maps) -> io::Result<FlowTable<Self>> {
+        let settings = maps.settings.as_fd();
+        FlowTable::new(maps.flows6.as_fd(), maps.flow_sets6.as_fd(), settings)
+    }
+}
+
 /// How full a map is. An element of an array counts when it is not all zero.
 trait Fill {
-    fn entries(&self) -> io::Result<u64>;
+    fn entries(&self, maps: &Maps) -> io::Result<u64>;
     fn max_entries(&self) -> u32;
 }
 
 impl<K: Pod, V: Pod> Fill for HashMap<K, V> {
-    fn entries(&self) -> io::Result<u64> {
+    fn entries(&self, _: &Maps) -> io::Result<u64> {
         self.len()
     }
 
@@ -173,8 +204,23 @@ impl<K: Pod, V: Pod> Fill for HashMap<K, V> {
     }
 }
 
+impl<A: Flowing> Fill for FlowEntries<A>
+where
+    Entry<A>: Pod,
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    fn entries(&self, maps: &Maps) -> io::Result<u64> {
+        A::flow_table(maps)?.len()
+    }
+
+    fn max_entries(&self) -> u32 {
+        self.flows()
+    }
+}
+
 impl<A: Bucketed> Fill for Listeners<A> {
-    fn entries(&self) -> io::Result<u64> {
+    fn entries(&self, _: &Maps) -> io::Result<u64> {
         let mut count = 0;
         self.each(|_, _| count += 1);
         Ok(count)
@@ -186,7 +232,7 @@ impl<A: Bucketed> Fill for Listeners<A> {
 }
 
 impl<T: Pod> Fill for SharedArray<T> {
-    fn entries(&self) -> io::Result<u64> {
+    fn entries(&self, _: &Maps) -> io::Result<u64> {
         let used = (0..self.len()).filter(|i| !is_zero(&self.read(*i)));
         Ok(used.count() as u64)
     }
@@ -197,7 +243,7 @@ impl<T: Pod> Fill for SharedArray<T> {
 }
 
 impl<V: Pod + AddAssign> Fill for PerCpuArray<V> {
-    fn entries(&self) -> io::Result<u64> {
+    fn entries(&self, _: &Maps) -> io::Result<u64> {
         let sums = self.sums()?;
         Ok(sums.iter().filter(|sum| !is_zero(*sum)).count() as u64)
     }

@@ -8,6 +8,7 @@ mod attach;
 pub mod bpf;
 mod decap;
 mod dump;
+mod flow_table;
 mod listeners;
 mod load;
 mod local;
@@ -21,10 +22,11 @@ pub use attach::{
 };
 pub use decap::{Decap, Running};
 pub use dump::{dump, list};
+pub use flow_table::{FlowTable, View};
 pub use load::{Dataplane, OBJECT};
 pub use local::{check_cgroup, root_cgroup};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
-pub use maps::{Maps, NAMES};
+pub use maps::{Flowing, Maps, NAMES};
 pub use pins::detach;
 pub use tcx::Direction;
 

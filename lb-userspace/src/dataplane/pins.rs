@@ -9,7 +9,10 @@ use super::{
 use crate::config::Limits;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya_obj::generated::{BPF_F_NO_COMMON_LRU, BPF_F_RDONLY_PROG};
-use lb_common::abi::{ABI_VERSION, MAGIC};
+use lb_common::{
+    abi::{ABI_VERSION, MAGIC},
+    flow_table,
+};
 use std::{
     collections::BTreeMap,
     ffi::CString,
@@ -249,7 +252,7 @@ impl PinDir {
             let (_fd, info) = self.open_map(name, expected)?;
             if info.max_entries != expected.max_entries {
                 let (is, should) = (info.max_entries, expected.max_entries);
-                let Some((limit, extra)) = limit_of(name) else {
+                let Some((limit, _)) = limit_of(name) else {
                     bail!(
                         "{dir}/{name}: has {is} entries, not {should}: another version's; \
                          \"sluice detach\" removes it"
@@ -260,7 +263,7 @@ impl PinDir {
                      their size; put it back, or run \"sluice detach\" (which ends all flows) and \
                      start again",
                     limit_value(limits, limit),
-                    is.saturating_sub(extra),
+                    limit_for(name, is),
                 );
             }
         }
@@ -491,7 +494,8 @@ impl Layout {
     }
 }
 
-/// The key of `[limits]` that sizes map `name`, and how many more entries than that it has.
+/// The key of `[limits]` that sizes map `name`, and how many more entries than that it has, unless
+/// [`max_entries`] knows better.
 ///
 /// Number 0 is never used where a map is indexed by number, hence one more there.
 fn limit_of(name: &str) -> Option<(&'static str, u32)> {
@@ -501,7 +505,7 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
         "services" | "cursors" | "service_stats" => Some(("services", 1)),
         "backends" | "backend_load" | "backend_stats" | "probe_targets" => Some(("backends", 1)),
         "slots" => Some(("slots", 0)),
-        "flows4" | "flows6" => Some(("flows", 0)),
+        "flows4" | "flows6" | "flow_sets4" | "flow_sets6" => Some(("flows", 0)),
         "opening4" | "opening6" => Some(("opening", 0)),
         "fragments4" | "fragments6" => Some(("fragments", 0)),
         "affinity4" | "affinity6" | "sources4" | "sources6" => Some(("clients", 0)),
@@ -527,7 +531,21 @@ fn limit_value(limits: &Limits, limit: &str) -> u32 {
 /// The size of map `name` under `limits`, if they say one.
 pub(super) fn max_entries(name: &str, limits: &Limits) -> Option<u32> {
     let (limit, extra) = limit_of(name)?;
-    Some(limit_value(limits, limit).saturating_add(extra))
+    let sets = flow_table::sets(limits.flows);
+    Some(match name {
+        "flows4" | "flows6" => sets.saturating_mul(flow_table::WAYS),
+        "flow_sets4" | "flow_sets6" => sets,
+        _ => limit_value(limits, limit).saturating_add(extra),
+    })
+}
+
+/// The limit under which map `name` would have so many entries.
+fn limit_for(name: &str, entries: u32) -> u32 {
+    match name {
+        "flows4" | "flows6" => flow_table::flows(entries / flow_table::WAYS),
+        "flow_sets4" | "flow_sets6" => flow_table::flows(entries),
+        _ => entries.saturating_sub(limit_of(name).map_or(0, |(_, extra)| extra)),
+    }
 }
 
 /// The limit to lower when map `name` cannot be made.

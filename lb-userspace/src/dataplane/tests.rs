@@ -515,7 +515,7 @@ fn single_entries() {
         return;
     }
     let dataplane = Dataplane::load_unpinned(&LIMITS, settings()).unwrap();
-    let flows = &dataplane.maps.flows6;
+    let flows = &dataplane.maps.opening6;
     let key = FlowKey {
         src: [1; 4],
         dst: [2; 4],
@@ -535,6 +535,63 @@ fn single_entries() {
     assert_eq!(flows.get(&key).unwrap(), Some(flow));
     assert_eq!(flows.take(&key).unwrap(), Some(flow));
     assert_eq!(flows.get(&key).unwrap(), None);
+}
+
+#[test]
+fn flows_are_found_shown_and_removed() {
+    if !root() {
+        return;
+    }
+    let dataplane = Dataplane::load_unpinned(&LIMITS, settings()).unwrap();
+    let table = <[u32; 4]>::flow_table(&dataplane.maps).unwrap();
+    let key = |client: u32| FlowKey {
+        src: [1, 2, 3, client],
+        dst: [4; 4],
+        sport: 5,
+        dport: 6,
+        protocol: 6,
+    };
+    let flow = |client| Flow {
+        src: [client; 4],
+        backend: client,
+        ..Flow::zeroed()
+    };
+    let clients: Vec<u32> = (0..200).collect();
+    let view = table.view();
+    for &client in &clients {
+        assert_eq!(view.get(&key(client)).unwrap(), None);
+        assert!(view.add(&key(client), &flow(client)).unwrap());
+        assert_eq!(view.get(&key(client)).unwrap(), Some(flow(client)));
+    }
+    let shown = |sweep: bool| {
+        let mut shown = Vec::new();
+        let mut note = |found: &FlowKey<[u32; 4]>, value: &Flow<[u32; 4]>| {
+            assert_eq!(*found, key(value.backend));
+            assert_eq!(*value, flow(value.backend));
+            shown.push(value.backend);
+        };
+        if sweep {
+            table.sweep(note).unwrap();
+        } else {
+            table.each(|_, key, value| note(key, value)).unwrap();
+        }
+        shown.sort_unstable();
+        shown
+    };
+    assert_eq!(shown(true), clients);
+    assert_eq!(shown(false), clients, "a sweep changes nothing");
+    for &client in &clients {
+        assert_eq!(view.remove(&key(client)).unwrap(), Some(flow(client)));
+        assert_eq!(view.remove(&key(client)).unwrap(), None);
+    }
+    assert!(shown(true).is_empty());
+    let tags = &dataplane.maps.flow_sets6;
+    assert!((0..tags.len()).all(|set| tags.read(set) == 0));
+    // Somebody was killed before it had filled an entry.
+    tags.store(3, 5 << 16);
+    assert!(shown(true).is_empty());
+    assert_eq!(tags.read(3), 0);
+    assert_eq!(table.len().unwrap(), 0);
 }
 
 #[test]
@@ -809,7 +866,13 @@ fn maps_are_dumped_by_field() {
         backend: 1,
         ..Flow::zeroed()
     };
-    maps.flows4.insert(&key, &flow).unwrap();
+    assert!(
+        <u32>::flow_table(maps)
+            .unwrap()
+            .view()
+            .add(&key, &flow)
+            .unwrap()
+    );
 
     let dumped = |name: &str| {
         let mut values = Vec::new();

@@ -2,17 +2,18 @@
 
 use crate::frame::{BACKEND_MAC, BALANCER_MAC, Family, Network, PORT};
 use anyhow::Result;
-use bytemuck::Zeroable as _;
+use bytemuck::{Pod, Zeroable as _};
 use lb_common::{
     abi::Settings,
     addr::Address,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    flow_table::Entry,
     service::{Interface, forward, on_backend_down, on_no_backend, scheduler},
     stats::Counters,
 };
 use sluice::{
     config::{Limits, Listen, Ports, Protocol},
-    dataplane::Dataplane,
+    dataplane::{Dataplane, FlowTable, Flowing as _},
     model::ServiceKey,
     reconcile::{Backend, Hop, Reconciler, Service, apply},
 };
@@ -142,12 +143,12 @@ impl Balancer {
     pub fn flows(&self, family: Family, mut f: impl FnMut(Ends, Ends)) -> Result<()> {
         let maps = &self.dataplane.maps;
         match family {
-            Family::V4 => maps
-                .flows4
-                .iter_batches(|key, flow| ends(key, flow, &mut f))?,
-            Family::V6 => maps
-                .flows6
-                .iter_batches(|key, flow| ends(key, flow, &mut f))?,
+            Family::V4 => {
+                <u32>::flow_table(maps)?.each(|_, key, flow| ends(key, flow, &mut f))?;
+            }
+            Family::V6 => {
+                <[u32; 4]>::flow_table(maps)?.each(|_, key, flow| ends(key, flow, &mut f))?;
+            }
         }
         Ok(())
     }
@@ -156,20 +157,9 @@ impl Balancer {
     pub fn clear(&self, family: Family) -> Result<()> {
         let maps = &self.dataplane.maps;
         match family {
-            Family::V4 => {
-                let mut keys = Vec::new();
-                maps.flows4.iter_batches(|key, _| keys.push(*key))?;
-                keys.iter()
-                    .try_for_each(|key| maps.flows4.remove(key).map(drop))?;
-            }
-            Family::V6 => {
-                let mut keys = Vec::new();
-                maps.flows6.iter_batches(|key, _| keys.push(*key))?;
-                keys.iter()
-                    .try_for_each(|key| maps.flows6.remove(key).map(drop))?;
-            }
+            Family::V4 => clear(&<u32>::flow_table(maps)?),
+            Family::V6 => clear(&<[u32; 4]>::flow_table(maps)?),
         }
-        Ok(())
     }
 }
 
@@ -187,6 +177,21 @@ fn hop(address: IpAddr, ifindex: u32) -> Hop {
         address: family.address(Network::Hosts, 0),
         mtu: 1500,
     }
+}
+
+fn clear<A: Address>(table: &FlowTable<A>) -> Result<()>
+where
+    Entry<A>: Pod,
+    FlowKey<A>: Pod,
+    Flow<A>: Pod,
+{
+    let mut keys = Vec::new();
+    table.each(|_, key, _| keys.push(*key))?;
+    let view = table.view();
+    for key in &keys {
+        view.remove(key)?;
+    }
+    Ok(())
 }
 
 /// Source, destination and their ports, in network order.

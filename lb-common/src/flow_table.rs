@@ -1,0 +1,397 @@
+//! The flow table: where in maps `flows4` and `flows6` a flow is.
+//!
+//! A set-associative table of our own in an array: the kernel's LRU hash reads a bucket, a chain of
+//! elements and a list for each lookup, each a wait for memory when flows are many. Here a flow is
+//! most often found where it is looked for first, in one or two adjacent cache lines.
+//!
+//! A set has [`WAYS`] entries, and in maps `flow_sets4` and `flow_sets6` a word of [`Tags`], which tells where in
+//! it a key may be without a look at the entries. Every key has two sets ([`Home`]); a flow goes into the second
+//! one only when the first is [`CROWDED`] and the second is less so (two choices fill a table evenly: Azar et al.,
+//! "Balanced Allocations", 1994). When both are full, that flow of the first goes that will be missed
+//! least ([`expendable`]), with both of its entries.
+//!
+//! Nobody locks anything. A free entry belongs to whoever has written a tag for it. It is filled, and its
+//! word of ports and protocol ([`FlowKey`]'s last eight bytes) is written last: without it the entry has no key.
+//! Whoever has added a key looks whether another CPU has added it too, and then takes its own away. To
+//! remove an entry is to exchange that word for zero; then its tag goes. One that shall be used again at once
+//! has [`CLAIMED`] there in between.
+
+use crate::{
+    addr::Address,
+    flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    hash,
+};
+use bytemuck::{Pod, Zeroable};
+use core::mem::offset_of;
+
+/// Entries of a set.
+pub const WAYS: u32 = 8;
+/// Entries in use from which on a set is crowded.
+pub const CROWDED: u32 = 6;
+/// Places for every two flows that the table is made for: filled to two thirds, hardly any set is full.
+const PLACES_FOR_TWO: u64 = 3;
+/// In place of an entry's word of ports and protocol: somebody is writing this entry.
+pub const CLAIMED: u64 = u64::MAX;
+
+/// An element of maps `flows4` and `flows6`: two cache lines, of which a client's packet needs
+/// only the first in IPv4.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Zeroable)]
+pub struct Entry<A>
+where
+    A: Address,
+{
+    /// The packets it is for; all zero where there is no flow.
+    pub key: FlowKey<A>,
+    /// What becomes of them.
+    pub flow: Flow<A>,
+    /// Zero; fills the lines.
+    pub reserved: A::EntryRest,
+}
+
+// SAFETY: repr(C), and the assertions below show that there is no padding.
+unsafe impl Pod for Entry<u32> {}
+// SAFETY: as above.
+unsafe impl Pod for Entry<[u32; 4]> {}
+const _: () = assert!(size_of::<Entry<u32>>() == 128);
+const _: () = assert!(size_of::<Entry<[u32; 4]>>() == 128);
+const _: () = assert!(offset_of!(Entry<u32>, flow) + offset_of!(Flow<u32>, l2) == 64);
+
+/// Offset of the word of ports and protocol in a key.
+#[must_use]
+pub const fn ports_offset<A: Address>() -> usize {
+    size_of::<FlowKey<A>>() - 8
+}
+
+/// An element of maps `flow_sets4` and `flow_sets6`: for each entry of a set a byte, of which seven bits are the tag
+/// of its key ([`Home::tag`]), or zero if it is free. The highest bit of the first byte is [`DISPLACED`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tags(pub u64);
+
+/// Flag in [`Tags`]: a flow that belongs into this set may be in its second one.
+pub const DISPLACED: u64 = 0x80;
+
+const ONES: u64 = 0x0101_0101_0101_0101;
+const HIGH: u64 = ONES << 7;
+
+impl Tags {
+    /// A mark for each byte with this tag; free entries have tag 0.
+    #[inline(always)]
+    #[must_use]
+    pub const fn marks(self, tag: u64) -> u64 {
+        // No byte is above 0x7f, so none carries into the next.
+        !(((self.0 & !HIGH) ^ tag.wrapping_mul(ONES)) + !HIGH) & HIGH
+    }
+
+    /// How many entries are free.
+    #[inline(always)]
+    #[must_use]
+    pub const fn free(self) -> u32 {
+        ((self.marks(0) >> 7).wrapping_mul(ONES) >> 56) as u32
+    }
+
+    /// Whether no entry is in use.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 & !HIGH == 0
+    }
+
+    /// The entry of the first mark; there must be one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn first(marks: u64) -> u32 {
+        let lowest = (marks & marks.wrapping_neg()) >> 7;
+        (lowest.wrapping_mul(0x0001_0203_0405_0607) >> 56) as u32 % WAYS
+    }
+
+    /// The tag of an entry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(self, way: u32) -> u64 {
+        self.0 >> (8 * way) & 0x7f
+    }
+
+    /// A tag where it stands for an entry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn at(way: u32, tag: u64) -> u64 {
+        tag << (8 * way)
+    }
+}
+
+/// Sets of a table for so many flows.
+#[must_use]
+pub const fn sets(flows: u32) -> u32 {
+    (flows as u64 * PLACES_FOR_TWO).div_ceil(2 * WAYS as u64) as u32
+}
+
+/// Flows that a table of so many sets is made for.
+#[must_use]
+pub const fn flows(sets: u32) -> u32 {
+    (sets as u64 * WAYS as u64 * 2 / PLACES_FOR_TWO) as u32
+}
+
+/// Where the flow of a key may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Home(u64);
+
+impl Home {
+    /// Of a key. The seed is drawn at load, so nobody outside can aim at a set.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of<A: Address>(words: KeyWords, seed: u32) -> Self {
+        let seed = (seed as u64).wrapping_mul(FACTOR);
+        let mut x = (words.0[0] ^ seed).wrapping_mul(FACTOR);
+        if A::WORDS > 1 {
+            let others = (words.0[1] ^ seed).wrapping_mul(FACTOR_2).rotate_left(23)
+                ^ (words.0[2] ^ seed).wrapping_mul(FACTOR_3).rotate_left(41)
+                ^ words.0[3].wrapping_mul(FACTOR);
+            x ^= others;
+        }
+        x = (x ^ x >> 32 ^ words.0[4]).wrapping_mul(FACTOR_2);
+        Self((x ^ x >> 29).wrapping_mul(FACTOR_3))
+    }
+
+    /// The entry of a set that is looked at first.
+    #[inline(always)]
+    #[must_use]
+    pub const fn way(self) -> u32 {
+        (self.0 >> 16) as u32 % WAYS
+    }
+
+    /// What it is known by in its set: 1 to 127.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tag(self) -> u64 {
+        (((self.0 >> 20 & 0x7f) * 0x7f) >> 7) + 1
+    }
+
+    /// The set it belongs into, of `sets`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn first(self, sets: u32) -> u32 {
+        hash::slot_of((self.0 >> 32) as u32, sets)
+    }
+
+    /// The set it goes into when the first is full.
+    #[inline(always)]
+    #[must_use]
+    pub const fn second(self, sets: u32) -> u32 {
+        let again = (self.0 ^ self.0 >> 31).wrapping_mul(FACTOR);
+        hash::slot_of((again >> 32) as u32, sets)
+    }
+}
+
+/// 2^64 divided by the golden ratio (Knuth, TAOCP 6.4), and the factors of splitmix64 (Steele et al., 2014).
+const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+const FACTOR_2: u64 = 0xbf58_476d_1ce4_e5b9;
+const FACTOR_3: u64 = 0x94d0_49bb_1331_11eb;
+
+/// A key in double words: the addresses, in IPv4 in the first word alone, and in the last one
+/// ports and protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyWords(pub [u64; 5]);
+
+impl KeyWords {
+    /// Of a key.
+    #[inline(always)]
+    #[must_use]
+    pub fn of<A: Address>(key: &FlowKey<A>) -> Self {
+        let (src, dst) = (key.src.widen(), key.dst.widen());
+        let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let ports =
+            u64::from(key.sport) | u64::from(key.dport) << 16 | u64::from(key.protocol) << 32;
+        if A::WORDS == 1 {
+            return Self([join(src[0], dst[0]), 0, 0, 0, ports]);
+        }
+        Self([
+            join(src[0], src[1]),
+            join(src[2], src[3]),
+            join(dst[0], dst[1]),
+            join(dst[2], dst[3]),
+            ports,
+        ])
+    }
+
+    /// The word of ports and protocol.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ports(self) -> u64 {
+        self.0[4]
+    }
+}
+
+/// How little a flow will be missed that has been silent for `age` ticks: when there is no room, the
+/// one with the most goes. What is over, or half open, counts as silent for many times as long.
+#[inline(always)]
+#[must_use]
+pub const fn expendable<A>(flow: &Flow<A>, age: u32) -> u64 {
+    // The backend's entry follows no states.
+    let of_backend = (flow.direction == DIRECTION_BACKEND) as u32;
+    let as_backend =
+        state::SYN_SENT as u32 + flow.proven as u32 * (state::ESTABLISHED - state::SYN_SENT) as u32;
+    let state = (flow.state as u32) * (1 - of_backend) + as_backend * of_backend;
+    (age as u64 + 1) << (SHIFTS >> (4 * (state & 7)) & 15)
+}
+
+/// Powers of two for [`expendable`], by state, four bits each: half open 2^8, half closed 2^4, closed 2^10.
+const SHIFTS: u32 = {
+    let mut shifts = 0;
+    shifts |= 8 << (4 * state::SYN_SENT);
+    shifts |= 8 << (4 * state::SYN_RECEIVED);
+    shifts |= 4 << (4 * state::FIN_CLIENT);
+    shifts |= 4 << (4 * state::FIN_BACKEND);
+    shifts |= 10 << (4 * state::TIME_WAIT);
+    shifts |= 10 << (4 * state::CLOSED);
+    shifts
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_holds_what_it_is_made_for() {
+        assert_eq!(flows(sets(1 << 20)), 1 << 20);
+        for wanted in [1, 2, 1000, 1024, 65_536, 1_000_000, 1 << 28] {
+            let sets = sets(wanted);
+            assert!(flows(sets) >= wanted, "{wanted} flows in {sets} sets");
+            assert_eq!(super::sets(flows(sets)), sets, "{wanted} flows");
+        }
+    }
+
+    #[test]
+    fn tags_tell_where_a_key_may_be() {
+        let tags = Tags(0x7f_01_00_05_00_05_7e_05 | DISPLACED);
+        assert_eq!(tags.marks(5), 0x00_00_00_80_00_80_00_80);
+        assert_eq!(tags.marks(0), 0x00_00_80_00_80_00_00_00);
+        assert_eq!(tags.marks(9), 0);
+        assert_eq!(
+            (tags.free(), Tags(DISPLACED).free(), Tags(!0).free()),
+            (2, 8, 0)
+        );
+        assert!(Tags(DISPLACED).is_empty() && !tags.is_empty());
+        for way in 0..WAYS {
+            assert_eq!(Tags::first(Tags::at(way, 0x80)), way);
+            assert_eq!(Tags::first(Tags::at(way, 0x80) | HIGH << (8 * way)), way);
+            assert_eq!(Tags(Tags::at(way, 0x7f)).of(way), 0x7f);
+        }
+    }
+
+    /// Share of keys that find both of their sets full, and of those that are where they are looked
+    /// for first.
+    fn fill(keys: impl Iterator<Item = [u64; 5]>, sets: u32, six: bool) -> (f64, f64) {
+        let mut used = std::vec![Tags(0); sets as usize];
+        let (mut all, mut lost, mut at_home) = (0.0, 0.0, 0.0);
+        for words in keys {
+            let home = if six {
+                Home::of::<[u32; 4]>(KeyWords(words), 0x5eed)
+            } else {
+                Home::of::<u32>(KeyWords(words), 0x5eed)
+            };
+            assert!((1..=127).contains(&home.tag()));
+            all += 1.0;
+            let (first, second) = (home.first(sets) as usize, home.second(sets) as usize);
+            let crowded = used[first].free() <= WAYS - CROWDED;
+            let set = if crowded && used[second].free() > used[first].free() {
+                second
+            } else {
+                first
+            };
+            let free = used[set].marks(0);
+            if free == 0 {
+                lost += 1.0;
+                continue;
+            }
+            let at = Tags::at(home.way(), 0x80);
+            let way = if free & at == 0 {
+                Tags::first(free)
+            } else {
+                home.way()
+            };
+            used[set].0 |= Tags::at(way, home.tag());
+            at_home += f64::from(u8::from(set == first && way == home.way()));
+        }
+        (lost / all, at_home / all)
+    }
+
+    #[test]
+    fn clients_answers_and_ports_in_a_row_fill_it_evenly() {
+        let flows: u32 = 60_000;
+        const fn ports(sport: u32, dport: u32) -> u64 {
+            (sport | dport << 16) as u64 | 6 << 32
+        }
+        let client = |i: u32| {
+            [
+                u64::from(i / 4) << 8 | 0xc612 << 40,
+                0,
+                0,
+                0,
+                ports(1024 + (i & 3), 80),
+            ]
+        };
+        let one_client = |i: u32| [0x0102_c612_0302_c612, 0, 0, 0, ports(1000 + i, 80)];
+        let answers = |i: u32| {
+            [
+                0x0102_c612_0302_c612 + u64::from(i & 15),
+                0,
+                0,
+                0,
+                ports(80, 1024 + (i >> 4)),
+            ]
+        };
+        let six = |i: u32| {
+            [
+                0x00b8_0120,
+                u64::from(i) << 32,
+                0x00b8_0120,
+                1 << 56,
+                ports(40_000, 443),
+            ]
+        };
+        type Keys = fn(u32) -> [u64; 5];
+        let all: [(&str, Keys, bool); 4] = [
+            ("clients", client, false),
+            ("one client", one_client, false),
+            ("answers", answers, false),
+            ("IPv6", six, true),
+        ];
+        for (what, key, six) in all {
+            let (lost, at_home) = fill((0..flows).map(key), sets(flows), six);
+            assert!(lost < 0.000_05, "{what}: {lost} of a full table is lost");
+            assert!(at_home > 0.6, "{what}: {at_home} at home");
+            let (lost, at_home) = fill((0..flows / 2).map(key), sets(flows), six);
+            assert!(lost == 0.0, "{what}: {lost} of a half full table is lost");
+            assert!(at_home > 0.8, "{what}: {at_home} at home, half full");
+        }
+    }
+
+    #[test]
+    fn what_is_over_or_half_open_goes_first() {
+        let client = |state| Flow::<u32> {
+            state,
+            ..Flow::zeroed()
+        };
+        let reply = |proven| Flow::<u32> {
+            direction: DIRECTION_BACKEND,
+            state: state::SYN_SENT,
+            proven,
+            ..Flow::zeroed()
+        };
+        let established = expendable(&client(state::ESTABLISHED), 1000);
+        assert!(established > expendable(&client(state::ESTABLISHED), 999));
+        assert_eq!(established, expendable(&reply(1), 1000));
+        assert_eq!(established, expendable(&client(state::UDP), 1000));
+        for half_open in [
+            client(state::SYN_SENT),
+            client(state::SYN_RECEIVED),
+            reply(0),
+        ] {
+            assert!(expendable(&half_open, 10) > established);
+            assert!(expendable(&half_open, 2) < established);
+        }
+        assert!(expendable(&client(state::CLOSED), 1) > established);
+        assert!(expendable(&client(state::FIN_CLIENT), 100) > established);
+    }
+}
