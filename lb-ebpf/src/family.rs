@@ -93,6 +93,8 @@ pub trait Family: Sized {
     fn opening() -> &'static Opening<Self::Addr>;
     /// [`crate::flow::table`]'s subprogram that finds a flow.
     fn find(which: u32) -> Number;
+    /// [`crate::flow::table`]'s subprogram that fetches what will be written.
+    fn expect() -> u64;
     /// [`crate::flow::table`]'s subprogram that adds a flow.
     fn add(which: u32) -> u64;
     /// [`crate::flow::table`]'s subprogram that removes the other half of a flow that had to go.
@@ -262,6 +264,11 @@ impl Family for V4 {
     #[inline(always)]
     fn find(which: u32) -> Number {
         flow::find4(which)
+    }
+
+    #[inline(always)]
+    fn expect() -> u64 {
+        flow::expect4()
     }
 
     #[inline(always)]
@@ -608,6 +615,11 @@ impl Family for V6 {
     #[inline(always)]
     fn find(which: u32) -> Number {
         flow::find6(which)
+    }
+
+    #[inline(always)]
+    fn expect() -> u64 {
+        flow::expect6()
     }
 
     #[inline(always)]

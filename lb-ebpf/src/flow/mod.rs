@@ -403,12 +403,19 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
+    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
         /// [`table::find`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $find(which: u32) -> Number {
             table::find::<$family>(which)
+        }
+
+        /// [`table::expect`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $expect() -> u64 {
+            table::expect::<$family>()
         }
 
         /// [`table::add`] for one family.
@@ -472,6 +479,7 @@ macro_rules! subprograms {
 subprograms!(
     crate::family::V4,
     find4,
+    expect4,
     add4,
     bury4,
     remove4,
@@ -484,6 +492,7 @@ subprograms!(
 subprograms!(
     crate::family::V6,
     find6,
+    expect6,
     add6,
     bury6,
     remove6,

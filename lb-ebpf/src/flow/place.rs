@@ -285,6 +285,7 @@ pub fn record_reply<F: Family>() -> Decision {
         if !taken {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
             let added = if work.opening == 0 {
+                F::expect();
                 table::insert::<F>(table::REPLY)
             } else {
                 let only_new = u64::from(BPF_NOEXIST);

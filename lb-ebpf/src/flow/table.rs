@@ -201,9 +201,22 @@ pub fn find<F: Family>(which: u32) -> Number {
     let Some((home, sets)) = home::<F>(key) else {
         return NONE;
     };
-    // Where a flow most probably is, or soon will be.
-    fetch::<F>(number(home.first(sets), home.way()));
     anywhere::<F>(home, sets, key, NONE)
+}
+
+/// Has the processor fetch the entries that the keys of a new flow will most probably have, both at
+/// once: each is a wait for memory.
+#[inline(always)]
+pub fn expect<F: Family>() -> u64 {
+    let Some(work) = F::work() else {
+        return 0;
+    };
+    for which in [ARRIVAL, REPLY] {
+        if let Some((home, sets)) = home::<F>(sought(work, which)) {
+            fetch::<F>(number(home.first(sets), home.way()));
+        }
+    }
+    0
 }
 
 /// Has the processor fetch both lines of an entry, while it waits for something else.
