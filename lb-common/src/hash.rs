@@ -1,8 +1,8 @@
-//! The hashes that place a flow in a selection table.
+//! The hashes that place a flow in a selection table, and a backend in Maglev's permutations.
 //!
-//! Bob Jenkins' lookup3 (`jhash` in the kernel, `include/linux/jhash.h`) over the words of the
-//! tuple. The seed is fixed: two balancers with the same configuration must place the same flow
-//! in the same slot.
+//! Flows and clients are hashed with multiplications, on the way of every packet; all else with Bob
+//! Jenkins' lookup3 (`jhash` in the kernel, `include/linux/jhash.h`). The seed is fixed: two
+//! balancers with the same configuration must place the same flow in the same slot.
 
 use crate::{addr::Address, flow::FlowKey};
 
@@ -76,25 +76,58 @@ pub fn address_word<A: Address>(address: A) -> u32 {
     }
 }
 
+/// 2^64 divided by the golden ratio, which is odd (Knuth, TAOCP 6.4).
+const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Takes a word into the state of a hash.
+///
+/// A product's high bits depend on all bits of the factors, its low bits on the low ones only; so the
+/// high half goes into the low one before the next product. `jhash` would be better than it has to
+/// be: a rotation is three instructions to BPF, and it has a dozen for a word.
+#[inline(always)]
+const fn absorb(state: u64, word: u64) -> u64 {
+    let product = (state ^ word).wrapping_mul(FACTOR);
+    product ^ product >> 32
+}
+
+/// The hash whose state this is.
+#[inline(always)]
+const fn squeeze(state: u64) -> u32 {
+    (state.wrapping_mul(FACTOR) >> 32) as u32
+}
+
+#[inline(always)]
+const fn pair(low: u32, high: u32) -> u64 {
+    low as u64 | (high as u64) << 32
+}
+
 /// The hash of a flow for `maglev`: client address, both ports and the protocol.
 ///
 /// The VIP is left out: every service has a table of its own.
 #[inline(always)]
 #[must_use]
 pub fn flow_hash<A: Address>(key: &FlowKey<A>) -> u32 {
-    jhash_3words(
-        address_word(key.src),
-        u32::from(key.sport) << 16 | u32::from(key.dport),
-        key.protocol,
-        SEED,
-    )
+    let ports = pair(u32::from(key.sport) | u32::from(key.dport) << 16, 0);
+    squeeze(absorb(client(key.src, key.protocol), ports))
 }
 
 /// The hash of a client for `source-hash`: its address alone.
 #[inline(always)]
 #[must_use]
 pub fn source_hash<A: Address>(src: A) -> u32 {
-    jhash_3words(address_word(src), 0, 0, SEED)
+    squeeze(client(src, 0))
+}
+
+/// The state of a hash that has taken in a client.
+#[inline(always)]
+fn client<A: Address>(src: A, first: u32) -> u64 {
+    let src = src.widen();
+    // Words an address does not have are zero.
+    let state = absorb(pair(first, SEED), pair(src[0], src[1]));
+    if A::WORDS > 2 {
+        return absorb(state, pair(src[2], src[3]));
+    }
+    state
 }
 
 /// The slot of a table of `slots` slots that `hash` falls into: below `slots`, or 0 for an empty
@@ -122,6 +155,140 @@ mod tests {
             jhash_4words(&[0xffff_ffff, 0, 0xdead_beef, 7], SEED),
             0x2812_23a4
         );
+    }
+
+    /// Chi-squared of how the hashes fall into slots, less what is expected, in standard deviations.
+    fn unevenness(hashes: impl Iterator<Item = u32>) -> f64 {
+        const SLOTS: u32 = 1021;
+        let mut counts = [0_u32; SLOTS as usize];
+        for hash in hashes {
+            counts[slot_of(hash, SLOTS) as usize] += 1;
+        }
+        let mean = f64::from(counts.iter().sum::<u32>()) / f64::from(SLOTS);
+        let squares = counts.iter().map(|n| (f64::from(*n) - mean).powi(2));
+        let degrees = f64::from(SLOTS - 1);
+        (squares.sum::<f64>() / mean - degrees) / (2.0 * degrees).sqrt()
+    }
+
+    const V4: FlowKey<u32> = FlowKey {
+        src: u32::from_ne_bytes([192, 0, 2, 1]),
+        dst: 0,
+        sport: 40000_u16.to_be(),
+        dport: 443_u16.to_be(),
+        protocol: 6,
+    };
+
+    fn v6(high: u32, low: u32, sport: u16) -> u32 {
+        flow_hash(&FlowKey {
+            src: [0x2001_0db8_u32.to_be(), high.to_be(), 0, low.to_be()],
+            dst: [0; 4],
+            sport: sport.to_be(),
+            dport: V4.dport,
+            protocol: 6,
+        })
+    }
+
+    /// As clients have them: ports and addresses that follow one another, or lie far apart.
+    #[test]
+    fn flows_that_resemble_each_other_spread_evenly() {
+        let port = |sport: u16| {
+            let sport = sport.to_be();
+            flow_hash(&FlowKey { sport, ..V4 })
+        };
+        let client = |host: u32| {
+            let src = host.to_be();
+            flow_hash(&FlowKey { src, ..V4 })
+        };
+        let both = |n: u32| {
+            let (src, sport) = ((n / 64).to_be(), (n as u16 % 64 + 1024).to_be());
+            flow_hash(&FlowKey { src, sport, ..V4 })
+        };
+        for (name, unevenness) in [
+            ("ports", unevenness((0..=u16::MAX).map(port))),
+            ("even ports", unevenness((0..1 << 15).map(|n| port(2 * n)))),
+            ("hosts", unevenness((0..100_000).map(client))),
+            (
+                "networks",
+                unevenness((0..1 << 16).map(|n| client(n << 16))),
+            ),
+            (
+                "every 256th host",
+                unevenness((0..1 << 16).map(|n| client(n << 8))),
+            ),
+            ("hosts and ports", unevenness((0..1 << 18).map(both))),
+            (
+                "IPv6 ports",
+                unevenness((0..=u16::MAX).map(|n| v6(1, 1, n))),
+            ),
+            (
+                "IPv6 hosts",
+                unevenness((0..100_000).map(|n| v6(1, n, 1024))),
+            ),
+            (
+                "IPv6 networks",
+                unevenness((0..100_000).map(|n| v6(n, 1, 1024))),
+            ),
+            (
+                "clients",
+                unevenness((0..100_000_u32).map(|n| source_hash(n.to_be()))),
+            ),
+        ] {
+            extern crate std;
+            std::println!("{name}: {unevenness:.1}");
+            // More even than by chance does no harm.
+            assert!(unevenness < 4.0, "{name}: {unevenness}");
+        }
+    }
+
+    /// Each bit of a flow changes each bit of the hash about every other time.
+    #[test]
+    fn every_bit_counts() {
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 32) as u32
+        };
+        const ROUNDS: u32 = 2000;
+        for bit in 0..160 {
+            let mut changed = [0_u32; 32];
+            for _ in 0..ROUNDS {
+                let key = FlowKey {
+                    src: [random(), random(), random(), random()],
+                    dst: [0; 4],
+                    sport: random() as u16,
+                    dport: random() as u16,
+                    protocol: 6,
+                };
+                let mut other = key;
+                match bit {
+                    0..128 => other.src[bit / 32] ^= 1 << (bit % 32),
+                    128..144 => other.sport ^= 1 << (bit - 128),
+                    _ => other.dport ^= 1 << (bit - 144),
+                }
+                let four = |key: &FlowKey<[u32; 4]>| {
+                    flow_hash(&FlowKey {
+                        src: key.src[0],
+                        dst: 0,
+                        sport: key.sport,
+                        dport: key.dport,
+                        protocol: 6,
+                    })
+                };
+                let mut difference = flow_hash(&key) ^ flow_hash(&other);
+                if !(32..128).contains(&bit) && random() & 1 == 0 {
+                    difference = four(&key) ^ four(&other);
+                }
+                for (place, changed) in changed.iter_mut().enumerate() {
+                    *changed += difference >> place & 1;
+                }
+            }
+            for (place, changed) in changed.iter().enumerate() {
+                let share = f64::from(*changed) / f64::from(ROUNDS);
+                assert!((0.4..0.6).contains(&share), "bit {bit} on {place}: {share}");
+            }
+        }
     }
 
     #[test]

@@ -125,76 +125,50 @@ pub struct Model {
     gue_port: u16,
 }
 
-/// Bob Jenkins' lookup3 for any number of words, after his `hashword()`.
-fn lookup3(words: &[u32], seed: u32) -> u32 {
-    let start = 0xdead_beef_u32
-        .wrapping_add((words.len() as u32) << 2)
-        .wrapping_add(seed);
-    let mut s = [start; 3];
-    let mut rest = words;
-    while rest.len() > 3 {
-        for (a, w) in s.iter_mut().zip(rest) {
-            *a = a.wrapping_add(*w);
-        }
-        // Each line: the place that changes, the one it is combined with, the rotation, and the
-        // place the third is added to.
-        for (x, y, r) in [
-            (0, 2, 4),
-            (1, 0, 6),
-            (2, 1, 8),
-            (0, 2, 16),
-            (1, 0, 19),
-            (2, 1, 4),
-        ] {
-            s[x] = s[x].wrapping_sub(s[y]) ^ s[y].rotate_left(r);
-            s[y] = s[y].wrapping_add(s[3 - x - y]);
-        }
-        rest = &rest[3..];
+/// The hash that places packets: of a list of 64-bit words, each taken in by multiplication, with
+/// the upper half of the product folded into the lower one.
+fn hash(words: &[u64]) -> u32 {
+    const PRIME: u128 = 0x9e37_79b9_7f4a_7c15;
+    let times = |value: u64| ((u128::from(value) * PRIME) % (1 << 64)) as u64;
+    let mut words = words.iter();
+    let mut state = *words.next().expect("a first word");
+    for word in words {
+        let product = times(state ^ word);
+        state = product ^ (product / (1 << 32));
     }
-    for (a, w) in s.iter_mut().zip(rest) {
-        *a = a.wrapping_add(*w);
+    (times(state) / (1 << 32)) as u32
+}
+
+/// The words of an address as they lie in memory, two and two; IPv4 has half a one.
+fn halves(ip: IpAddr) -> Vec<u64> {
+    match ip {
+        IpAddr::V4(ip) => vec![u64::from(u32::from_ne_bytes(ip.octets()))],
+        IpAddr::V6(ip) => ip
+            .octets()
+            .chunks_exact(8)
+            .map(|half| u64::from_ne_bytes(half.try_into().expect("eight bytes")))
+            .collect(),
     }
-    for (x, y, r) in [
-        (2, 1, 14),
-        (0, 2, 11),
-        (1, 0, 25),
-        (2, 1, 16),
-        (0, 2, 4),
-        (1, 0, 14),
-        (2, 1, 24),
-    ] {
-        s[x] = (s[x] ^ s[y]).wrapping_sub(s[y].rotate_left(r));
-    }
-    s[2]
 }
 
 /// The hash of a flow: what `maglev` picks by, and what encapsulation spreads by.
 fn flow_hash(packet: &Packet) -> u32 {
-    let ports = u32::from(packet.sport.to_be()) << 16 | u32::from(packet.dport.to_be());
-    let words = [
-        address_word(packet.src),
-        ports,
-        u32::from(packet.protocol()),
-    ];
-    lookup3(&words, SEED)
+    let ports = u64::from(packet.dport.to_be()) << 16 | u64::from(packet.sport.to_be());
+    let mut words = vec![SEED << 32 | u64::from(packet.protocol())];
+    words.extend(halves(packet.src));
+    words.push(ports);
+    hash(&words)
+}
+
+/// The hash of a client, which `source-hash` picks by.
+fn source_hash(src: IpAddr) -> u32 {
+    let mut words = vec![SEED << 32];
+    words.extend(halves(src));
+    hash(&words)
 }
 
 /// The seed all balancers share.
-const SEED: u32 = 0x511c_e001;
-
-fn address_word(ip: IpAddr) -> u32 {
-    match ip {
-        IpAddr::V4(ip) => u32::from_ne_bytes(ip.octets()),
-        IpAddr::V6(ip) => {
-            let words: Vec<u32> = ip
-                .octets()
-                .chunks_exact(4)
-                .map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]]))
-                .collect();
-            lookup3(&words, SEED)
-        }
-    }
-}
+const SEED: u64 = 0x511c_e001;
 
 impl Model {
     /// A model of a balancer as it has just been set up.
@@ -828,7 +802,7 @@ impl Model {
             };
         }
         let hash = match service.scheduler {
-            scheduler::SOURCE_HASH => lookup3(&[address_word(packet.src), 0, 0], SEED),
+            scheduler::SOURCE_HASH => source_hash(packet.src),
             _ => flow_hash(packet),
         };
         let index = table[((u128::from(hash) * table.len() as u128) / (1 << 32)) as usize];
@@ -930,9 +904,7 @@ impl Model {
         let picked = match service.scheduler {
             scheduler::LEAST_CONNECTIONS => return self.least_loaded(number),
             scheduler::ROUND_ROBIN => table[self.turn(number, table.len())],
-            scheduler::SOURCE_HASH => {
-                table[by_hash(lookup3(&[address_word(packet.src), 0, 0], SEED))]
-            }
+            scheduler::SOURCE_HASH => table[by_hash(source_hash(packet.src))],
             scheduler::RANDOM => {
                 // A free choice, if one of the backends was chosen that may be.
                 let may_be = |index: &&usize| self.ends_so(number, **index, packet, real);
@@ -1250,25 +1222,33 @@ fn answer_ping(packet: &Packet, rest: [u8; 4]) -> Prediction {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lb_common::{
+        addr::{FAMILY_V4, FAMILY_V6},
+        flow::FlowKey,
+    };
     use proptest::prelude::*;
-
-    /// Values computed with the kernel's `jhash.h`, compiled as C.
-    #[test]
-    fn lookup3_equals_the_kernel() {
-        assert_eq!(lookup3(&[1, 2, 3], 0), 0xa461_58f5);
-        assert_eq!(lookup3(&[1, 2, 3, 4], 0), 0x6649_1246);
-        assert_eq!(
-            lookup3(&[0xffff_ffff, 0, 0xdead_beef, 7], SEED),
-            0x2812_23a4
-        );
-    }
 
     proptest! {
         /// Two implementations of the same function.
         #[test]
-        fn lookup3_equals_the_shared_hash(a: u32, b: u32, c: u32, d: u32, seed: u32) {
-            prop_assert_eq!(lookup3(&[a, b, c], seed), lb_common::hash::jhash_3words(a, b, c, seed));
-            prop_assert_eq!(lookup3(&[a, b, c, d], seed), lb_common::hash::jhash_4words(&[a, b, c, d], seed));
+        fn the_hash_is_the_shared_one(src: [u32; 4], sport: u16, dport: u16, protocol: u8) {
+            let words = |v6: bool| {
+                let ports = u64::from(dport) << 16 | u64::from(sport);
+                let client = lb_common::addr::to_ip(if v6 { FAMILY_V6 } else { FAMILY_V4 }, &src);
+                let mut words = vec![SEED << 32 | u64::from(protocol)];
+                words.extend(halves(client));
+                words.push(ports);
+                (client, words)
+            };
+            let protocol = u32::from(protocol);
+            let (client, words4) = words(false);
+            let key = FlowKey { src: src[0], dst: 1, sport, dport, protocol };
+            prop_assert_eq!(hash(&words4), lb_common::hash::flow_hash(&key));
+            prop_assert_eq!(source_hash(client), lb_common::hash::source_hash(src[0]));
+            let (client, words6) = words(true);
+            let key = FlowKey { src, dst: [1; 4], sport, dport, protocol };
+            prop_assert_eq!(hash(&words6), lb_common::hash::flow_hash(&key));
+            prop_assert_eq!(source_hash(client), lb_common::hash::source_hash(src));
         }
     }
 }
