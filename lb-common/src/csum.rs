@@ -14,6 +14,20 @@ pub const fn fold(sum: u64) -> u16 {
     sum as u16
 }
 
+/// Whether `sum`, which is below 2^48, may be `check` when it is folded. `false` is certain.
+///
+/// Equal sums differ by a multiple of 65535, and such a multiple is known by its product with the
+/// number's inverse (Granlund and Montgomery, "Division by Invariant Integers using
+/// Multiplication", 1994, section 9): a third of what it takes to fold.
+#[inline(always)]
+#[must_use]
+pub const fn may_fold_to(sum: u64, check: u16) -> bool {
+    // 65535 times this is 2^64 - 1.
+    const INVERSE: u64 = 0x0001_0001_0001_0001;
+    let difference = sum + (!check) as u64;
+    difference.wrapping_mul(INVERSE.wrapping_neg()) <= INVERSE
+}
+
 /// The sum of one 32-bit word, to be added to others before [`fold`].
 #[inline(always)]
 #[must_use]
@@ -83,6 +97,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_folds_to_a_checksum_is_known_without_folding(sum in 1u64..1 << 48, check: u16) {
+            prop_assert!(may_fold_to(sum, fold(sum)));
+            let same = check == fold(sum) || check == 0 && fold(sum) == 0xffff;
+            prop_assert_eq!(may_fold_to(sum, check), same);
+        }
+
         #[test]
         fn incremental_equals_recomputed(
             mut data in proptest::collection::vec(any::<u8>(), 8..200),

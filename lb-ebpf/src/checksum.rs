@@ -20,6 +20,12 @@ use lb_common::{addr::Address, csum};
 /// The folded sum of the pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1).
 #[inline(always)]
 pub fn pseudo_header<A: Address>(src: A, dst: A, protocol: u8, transport_len: u32) -> u16 {
+    csum::fold(pseudo_sum(src, dst, protocol, transport_len))
+}
+
+/// The sum of the pseudo-header.
+#[inline(always)]
+pub fn pseudo_sum<A: Address>(src: A, dst: A, protocol: u8, transport_len: u32) -> u64 {
     let (src, dst) = (src.widen(), dst.widen());
     let mut sum = u64::from(u16::from(protocol).to_be()) + csum::word(transport_len.to_be());
     let mut i = 0;
@@ -27,7 +33,7 @@ pub fn pseudo_header<A: Address>(src: A, dst: A, protocol: u8, transport_len: u3
         sum += csum::word(src[i]) + csum::word(dst[i]);
         i += 1;
     }
-    csum::fold(sum)
+    sum
 }
 
 /// What replacing an address adds to a sum.

@@ -136,13 +136,15 @@ pub trait Family: Sized {
     /// backend has its own.
     fn nat_source(settings: &Settings, hash: u32) -> Option<Self::Addr>;
 
-    /// Source and destination.
+    /// Source address.
     #[inline(always)]
-    fn ends(header: Cursor) -> (Self::Addr, Self::Addr) {
-        (
-            header.read_address(Self::SRC),
-            header.read_address(Self::DST),
-        )
+    fn src(header: Cursor) -> Self::Addr {
+        header.read_address(Self::SRC)
+    }
+    /// Destination address.
+    #[inline(always)]
+    fn dst(header: Cursor) -> Self::Addr {
+        header.read_address(Self::DST)
     }
     /// The protocol of a packet whose transport header follows directly behind this header;
     /// `None` of one with options or extension headers, or of a fragment.
@@ -451,12 +453,13 @@ impl Family for V4 {
 
     #[inline(always)]
     fn age(header: Cursor) {
-        // TTL is the high byte of its 16-bit word: RFC 1141's case, by RFC 1624's equation.
-        let hops = Self::hops(header) - 1;
-        header.write(offset_of!(Ipv4Hdr, ttl), hops);
-        let check: u16 = header.read(offset_of!(Ipv4Hdr, check));
-        let less = !1_u16;
-        header.write(offset_of!(Ipv4Hdr, check), csum::update(check, less));
+        // TTL, protocol and checksum as one word, lowest byte first. TTL is the first byte of its
+        // 16-bit word, so the checksum is raised by one, and by another if that carries or makes it
+        // negative zero: RFC 1141's case, with what RFC 1624's equation gives.
+        let word: u32 = header.read(offset_of!(Ipv4Hdr, ttl));
+        let carry = if word >= 0xfffe_0000 { 0x1_0000 } else { 0 };
+        let word = word.wrapping_add(0x1_0000 - 1).wrapping_add(carry);
+        header.write(offset_of!(Ipv4Hdr, ttl), word);
     }
 
     /// The header's checksum makes its sum a known one.
@@ -489,12 +492,14 @@ impl Family for V4 {
             + u64::from(ttl_protocol)
             + csum::word(src)
             + csum::word(dst);
-        header.write(0, first);
-        header.write(offset_of!(Ipv4Hdr, tot_len), len);
-        header.write(offset_of!(Ipv4Hdr, id), 0_u16);
-        header.write(offset_of!(Ipv4Hdr, frags), fragment);
-        header.write(offset_of!(Ipv4Hdr, ttl), ttl_protocol);
-        header.write(offset_of!(Ipv4Hdr, check), !csum::fold(sum));
+        let check = !csum::fold(sum);
+        // Whole words, lowest half first.
+        header.write(0, u32::from(first) | u32::from(len) << 16);
+        header.write(offset_of!(Ipv4Hdr, id), u32::from(fragment) << 16);
+        header.write(
+            offset_of!(Ipv4Hdr, ttl),
+            u32::from(ttl_protocol) | u32::from(check) << 16,
+        );
         header.write_address(offset_of!(Ipv4Hdr, src_addr), src);
         header.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
     }
@@ -832,9 +837,11 @@ impl Family for V6 {
         // Version 6; no flow label.
         let first = 0x6000_0000_u32 | u32::from(class) << 20;
         header.write(0, first.to_be());
-        header.write(offset_of!(Ipv6Hdr, payload_len), payload_len.to_be());
-        header.write(offset_of!(Ipv6Hdr, next_hdr), protocol);
-        header.write(offset_of!(Ipv6Hdr, hop_limit), HOPS);
+        let next_hops = u16::from_ne_bytes([protocol, HOPS]);
+        header.write(
+            offset_of!(Ipv6Hdr, payload_len),
+            u32::from(payload_len.to_be()) | u32::from(next_hops) << 16,
+        );
         header.write_address(offset_of!(Ipv6Hdr, src_addr), src);
         header.write_address(offset_of!(Ipv6Hdr, dst_addr), dst);
     }

@@ -48,11 +48,11 @@ pub fn word_by_word(addr: [u32; 4]) -> [u32; 4] {
 
 /// What the filter knows of a packet's addresses: zero proves that the packet is not ours.
 #[inline(always)]
-pub fn lane<F: Family>(src: F::Addr, dst: F::Addr) -> u8 {
+pub fn lane<F: Family>(dst: F::Addr, src: impl FnOnce() -> F::Addr) -> u8 {
     match lane_of::<F>(dst) & !filter::LANE_BACKEND {
         // Perhaps for no address of ours, but from a backend that answers a client. A client may
         // share its lane with an address that NAT sends from.
-        lane @ (0 | filter::LANE_NAT_SOURCE) => lane | lane_of::<F>(src) & filter::LANE_BACKEND,
+        lane @ (0 | filter::LANE_NAT_SOURCE) => lane | lane_of::<F>(src()) & filter::LANE_BACKEND,
         lane => lane,
     }
 }
@@ -105,10 +105,16 @@ pub fn service<F: Family>(
 /// The number of the service that listens on `key`; 0 if none does.
 #[inline(always)]
 fn listener<F: Family>(key: &ServiceKey<F::Addr>) -> u32 {
-    let buckets = maps::SETTINGS.get(0).map_or(0, |s| s.buckets);
+    // SAFETY: never written; volatile, because the loader sets it.
+    let buckets = unsafe { (&raw const BUCKETS).read_volatile() };
     let places = Places::of(key);
     match F::listener(places.first(buckets), key) {
         0 => F::listener(places.second(buckets), key),
         number => number,
     }
 }
+
+/// Buckets of maps `services4` and `services6`. The loader says how many there are; to the kernel it is
+/// a constant.
+#[unsafe(no_mangle)]
+static BUCKETS: u32 = 0;

@@ -119,7 +119,7 @@ fn balance<F: Family>(frame: &Frame, link: &parse::Link) -> Result<Verdict, Verd
     if F::is_loopback(network.dst) {
         return Err(Verdict::drop(DropReason::Martian, 0));
     }
-    let lane = lookup::lane::<F>(network.src, network.dst);
+    let lane = lookup::lane::<F>(network.dst, || network.src);
     if lane == 0 {
         return F::not_for_us(frame, link, &network);
     }

@@ -5,7 +5,7 @@
 //! no flow is looked up, none recorded. `docs/flow-state.md` says what happens when a slot changes.
 
 use crate::{
-    atomic,
+    atomic, checksum,
     family::Family,
     flow::{self, Work, change},
     frame::Frame,
@@ -19,6 +19,7 @@ use lb_common::{
     abi::ticks_since,
     addr::Address,
     backend::{BACKEND_RESOLVED, NO_BACKEND, Slot},
+    csum,
     filter::LANE_ANY_PORT,
     flow::{DIRECTION_CLIENT, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
     hash,
@@ -35,8 +36,8 @@ pub fn forward<F: Family>(
     packet: &Packet<F>,
     lane: u8,
 ) -> Option<Verdict> {
-    let key = packet.key();
-    let (number, service) = lookup::service::<F>(key.dst, key.dport, packet.protocol, lane)?;
+    let dst = packet.network.dst;
+    let (number, service) = lookup::service::<F>(dst, packet.dport, packet.protocol, lane)?;
     if service.flags & SERVICE_STATELESS == 0 || service.previous_table != 0 {
         return None;
     }
@@ -45,6 +46,8 @@ pub fn forward<F: Family>(
     if service.flags & SERVICE_GUARDED != 0 && begins {
         return None;
     }
+    let packet = &packet.afresh();
+    let key = packet.key();
     let flow_hash = hash::flow_hash(&key);
     let slot = slot_in(service, service.table(), &key, flow_hash)?;
     if !slot.is_settled() {
@@ -59,6 +62,18 @@ pub fn forward<F: Family>(
     {
         return None;
     }
+    let packet = &packet.afresh();
+    let pseudo = checksum::pseudo_sum(
+        packet.network.src,
+        packet.network.dst,
+        packet.protocol,
+        packet.transport_len,
+    );
+    let check = packet.checksum();
+    // The sender may have left it to its hardware; or a checksum around it needs one inside.
+    if csum::may_fold_to(pseudo, check) || check == 0 && mode == forward::GUE {
+        return None;
+    }
     if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
     {
         change::count_load(slot.backend, change::RETRIES, 1);
@@ -67,14 +82,15 @@ pub fn forward<F: Family>(
         return None;
     }
     let ifindex = backend.ifindex;
-    let rewritten = if mode == forward::DSR {
-        rewrite::l2::l2(frame, link, packet, number, &backend.l2)
+    if mode == forward::DSR {
+        rewrite::l2::send_to(link, &backend.l2);
     } else {
         let gue = mode == forward::GUE;
-        rewrite::encap::encap_usual(frame, packet, number, slot.backend, backend, gue, flow_hash)
-    };
-    if let Err(dropped) = rewritten {
-        return Some(dropped);
+        if let Err(dropped) =
+            rewrite::encap::encap_usual(frame, packet, number, backend, gue, flow_hash, pseudo)
+        {
+            return Some(dropped);
+        }
     }
     let begins = u64::from(packet.flags.opens());
     stats::count_placed(number, slot.backend, packet.packet_len.into(), begins);

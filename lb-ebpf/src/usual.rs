@@ -12,7 +12,7 @@ use crate::{
         table::{self, Look},
     },
     forward,
-    frame::Frame,
+    frame::{Cursor, Frame},
     lookup, maps,
     parse::{Link, Network, Packet, TcpFlags, ethernet, protocol},
     rewrite, stateless,
@@ -47,13 +47,13 @@ pub fn balance(frame: &Frame) -> Option<Verdict> {
 fn balance_ip<F: Family>(frame: &Frame, link: Link) -> Option<Verdict> {
     let header = frame.check(link.payload, F::HEADER_LEN)?;
     let protocol = F::plain_protocol(header)?;
-    let (src, dst) = F::ends(header);
-    let lane = lookup::lane::<F>(src, dst);
+    let lane = lookup::lane::<F>(F::dst(header), || F::src(header));
     if lane == 0 {
-        let is_ours = protocol != protocol::TCP && protocol != protocol::UDP || F::is_loopback(dst);
-        return (!is_ours).then_some(Verdict::PASS);
+        let may_be_ours = protocol != protocol::TCP && protocol != protocol::UDP
+            || F::is_loopback(F::dst(header));
+        return (!may_be_ours).then_some(Verdict::PASS);
     }
-    let packet = parse::<F>(frame, Network { header, src, dst }, protocol)?;
+    let packet = parse::<F>(frame, header, protocol)?;
     if lane == LANE_NAT_SOURCE && !flow::is_nat_port(packet.dport) {
         return Some(Verdict::PASS);
     }
@@ -62,6 +62,7 @@ fn balance_ip<F: Family>(frame: &Frame, link: Link) -> Option<Verdict> {
     {
         return Some(verdict);
     }
+    let packet = packet.afresh();
     let outgoing = follow(frame, &packet)?;
     let sent = rewrite::rewrite(frame, &link, &packet, &outgoing)
         .and_then(|()| forward::send(frame, &packet, &outgoing));
@@ -73,11 +74,10 @@ const TCP_OFFSET_FLAGS: usize = 12;
 
 /// Reads the transport header.
 #[inline(always)]
-fn parse<F: Family>(frame: &Frame, network: Network<F>, protocol: u8) -> Option<Packet<F>> {
-    let packet_len = F::packet_len(network.header);
-    let transport = network.header.skip(F::HEADER_LEN);
-    let transport_len = packet_len.wrapping_sub(F::HEADER_LEN as u32);
-    if packet_len < F::HEADER_LEN as u32 || packet_len as usize > frame.reach(network.header) {
+fn parse<F: Family>(frame: &Frame, header: Cursor, protocol: u8) -> Option<Packet<F>> {
+    let packet_len = F::packet_len(header);
+    let transport = header.skip(F::HEADER_LEN);
+    if packet_len as usize > frame.reach(header) {
         return None;
     }
     let mut flags = 0;
@@ -88,23 +88,31 @@ fn parse<F: Family>(frame: &Frame, network: Network<F>, protocol: u8) -> Option<
         (TcpHdr::LEN as u32, u32::from(offset_flags as u8 >> 4) * 4)
     } else if protocol == protocol::UDP {
         frame.check(transport, UdpHdr::LEN)?;
-        let len = u16::from_be(transport.read(offset_of!(UdpHdr, len)));
-        (UdpHdr::LEN as u32, u32::from(len))
+        let len = u32::from(u16::from_be(transport.read(offset_of!(UdpHdr, len))));
+        // Bytes behind the datagram (RFC 9868) are not in its checksum.
+        if F::HEADER_LEN as u32 + len != packet_len {
+            return None;
+        }
+        (UdpHdr::LEN as u32, len)
     } else {
         return None;
     };
-    if len < min || len > transport_len {
+    if len < min || F::HEADER_LEN as u32 + len > packet_len {
         return None;
     }
     Some(Packet {
         sport: transport.read(0),
         dport: transport.read(2),
-        network,
+        network: Network {
+            header,
+            src: F::src(header),
+            dst: F::dst(header),
+        },
         transport,
         protocol,
         flags: TcpFlags(flags),
         packet_len,
-        transport_len,
+        transport_len: packet_len - F::HEADER_LEN as u32,
         first_fragment: false,
     })
 }

@@ -1531,6 +1531,7 @@ fn load() -> Ebpf {
         loader.map_max_entries(name, entries);
     }
     let mut ebpf = loader
+        .override_global("BUCKETS", &LISTENERS, true)
         .load(sluice::dataplane::OBJECT)
         .unwrap_or_else(|e| panic!("the object does not load: {}", chain(&e)));
     let program: &mut Xdp = ebpf

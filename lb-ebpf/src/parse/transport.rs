@@ -63,6 +63,35 @@ pub struct Packet<F: Family> {
 }
 
 impl<F: Family> Packet<F> {
+    /// The same packet, with addresses and ports read again.
+    ///
+    /// What is kept across the lookup of a map lies on the stack: written there, and read from there.
+    /// In the packet it can be read just as well.
+    #[inline(always)]
+    pub fn afresh(&self) -> Self {
+        let header = self.network.header;
+        Self {
+            network: Network {
+                header,
+                src: F::src(header),
+                dst: F::dst(header),
+            },
+            sport: self.transport.read(0),
+            dport: self.transport.read(2),
+            ..*self
+        }
+    }
+
+    /// The transport checksum.
+    #[inline(always)]
+    pub fn checksum(&self) -> u16 {
+        if self.protocol == protocol::UDP {
+            self.transport.read(offset_of!(UdpHdr, check))
+        } else {
+            self.transport.read(offset_of!(TcpHdr, check))
+        }
+    }
+
     /// The packet's key in the flow table.
     #[inline(always)]
     pub fn key(&self) -> FlowKey<F::Addr> {

@@ -40,57 +40,39 @@ pub fn encap<F: Family>(
     }
 }
 
-/// As [`encap`] for a packet without VLAN tags, options and extension headers.
+/// As [`encap`] for a packet without VLAN tags, options and extension headers, whose checksum is
+/// complete and covers all that follows the network header; `pseudo` is the sum of its
+/// pseudo-header.
 #[inline(always)]
 pub fn encap_usual<F: Family>(
     frame: &Frame,
     packet: &Packet<F>,
     service: u32,
-    number: u32,
     backend: &Backend,
     gue: bool,
     flow_hash: u32,
+    pseudo: u64,
 ) -> Result<(), Verdict> {
     let Some(settings) = maps::SETTINGS.get(0) else {
-        return encap(frame, packet, service, number, gue, flow_hash);
+        return Err(Verdict::PASS);
     };
-    update_checksum(frame, packet, service, None)?;
     let header = packet.network.header;
+    F::age(header);
     let mut inner = Inner {
         len: packet.packet_len,
         class: F::class(header),
         protocol: F::INSIDE,
         sum: 0,
     };
-    if gue && backend.family != FAMILY_V4 {
-        if packet.protocol == protocol::UDP && !is_summed(packet) {
-            return encap(frame, packet, service, number, gue, flow_hash);
-        }
-        F::age(header);
-        let pseudo = checksum::pseudo_header(
-            packet.network.src,
-            packet.network.dst,
-            packet.protocol,
-            packet.transport_len,
-        );
-        inner.sum = F::header_sum(header) + u64::from(!pseudo);
-    } else {
-        F::age(header);
-    }
     let grown = if backend.family == FAMILY_V4 {
         surround::<V4>(frame.ctx, backend, settings, flow_hash, gue, &inner)
     } else {
+        if gue {
+            inner.sum = F::header_sum(header) + u64::from(!csum::fold(pseudo));
+        }
         surround::<V6>(frame.ctx, backend, settings, flow_hash, gue, &inner)
     };
     grown.ok_or(Verdict::drop(DropReason::AdjustFailed, service))
-}
-
-/// Whether the checksum of a UDP packet covers all that follows the network header.
-#[inline(always)]
-fn is_summed<F: Family>(packet: &Packet<F>) -> bool {
-    let len = u16::from_be(packet.transport.read(offset_of!(UdpHdr, len)));
-    packet.transport.read::<u16>(offset_of!(UdpHdr, check)) != 0
-        && u32::from(len) == packet.transport_len
 }
 
 /// Puts Ethernet and outer headers in front of the packet.
@@ -306,9 +288,6 @@ fn write_udp<G: Family>(
     let sport = source_port(hash);
     let len = inner.len + UdpHdr::LEN as u32;
     let wire_len = (len as u16).to_be();
-    udp.write(offset_of!(UdpHdr, src), sport);
-    udp.write(offset_of!(UdpHdr, dst), port);
-    udp.write(offset_of!(UdpHdr, len), wire_len);
     let mut check = 0;
     // Over IPv4 none is needed: the inner packet has its own (RFC 768).
     if G::UDP_NEEDS_CHECKSUM {
@@ -320,7 +299,11 @@ fn write_udp<G: Family>(
             + inner.sum;
         check = csum::udp(!csum::fold(sum));
     }
-    udp.write(offset_of!(UdpHdr, check), check);
+    udp.write(0, u32::from(sport) | u32::from(port) << 16);
+    udp.write(
+        offset_of!(UdpHdr, len),
+        u32::from(wire_len) | u32::from(check) << 16,
+    );
 }
 
 /// The sum of all words of the inner packet.

@@ -19,6 +19,12 @@ pub fn l2<F: Family>(
     l2: &[u32; 3],
 ) -> Result<(), Verdict> {
     update_checksum(frame, packet, service, None)?;
-    link.header.write_words(0, l2);
+    send_to(link, l2);
     Ok(())
+}
+
+/// Writes the link header alone, for a packet whose checksum is complete.
+#[inline(always)]
+pub fn send_to(link: &Link, l2: &[u32; 3]) {
+    link.header.write_words(0, l2);
 }

@@ -438,6 +438,7 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
             loader.map_pin_path(name, pins.join(name));
         }
     }
+    loader.override_global("BUCKETS", &limits.listeners, true);
     let mut ebpf = loader.load(OBJECT).map_err(|e| load_error(e, limits))?;
     let program = load_program(&mut ebpf, PROGRAM)?;
     // In the order of their numbers.
