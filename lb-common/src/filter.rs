@@ -6,7 +6,7 @@
 //! packet passes after one array access and no hash lookup. A lane that is set proves nothing;
 //! the lookups behind it decide.
 
-use crate::addr::Address;
+use crate::{addr::Address, hash};
 
 /// Number of lanes. Eight lanes share one 64-bit element of the map.
 pub const LANES: u32 = 65536;
@@ -33,11 +33,12 @@ pub fn lane_of<A: Address>(address: A) -> u32 {
     let words = address.widen();
     // Multiplicative hashing (Knuth, TAOCP 6.4): the high bits of the product depend on all bits
     // of the key. IPv4 has only one word.
-    let mut h = words[0];
     if A::WORDS > 1 {
-        h ^= words[1].rotate_left(7) ^ words[2].rotate_left(13) ^ words[3].rotate_left(19);
+        let high = hash::pair(words[0], words[1]).wrapping_mul(hash::FACTOR);
+        let both = (high ^ hash::pair(words[2], words[3])).wrapping_mul(hash::FACTOR);
+        return (both >> 48) as u32;
     }
-    h.wrapping_mul(0x9e37_79b1) >> 16
+    words[0].wrapping_mul(0x9e37_79b1) >> 16
 }
 
 /// Element of the map and shift within it for `lane`.

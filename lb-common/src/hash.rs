@@ -77,7 +77,7 @@ pub fn address_word<A: Address>(address: A) -> u32 {
 }
 
 /// 2^64 divided by the golden ratio, which is odd (Knuth, TAOCP 6.4).
-const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Takes a word into the state of a hash.
 ///
@@ -96,8 +96,10 @@ const fn squeeze(state: u64) -> u32 {
     (state.wrapping_mul(FACTOR) >> 32) as u32
 }
 
+/// Two words as one. Of words that stand in memory one after the other, it is one load.
 #[inline(always)]
-const fn pair(low: u32, high: u32) -> u64 {
+#[must_use]
+pub const fn pair(low: u32, high: u32) -> u64 {
     low as u64 | (high as u64) << 32
 }
 

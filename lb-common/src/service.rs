@@ -1,6 +1,9 @@
 //! Services: what a packet's destination is looked up as.
 
-use crate::addr::Address;
+use crate::{
+    addr::Address,
+    hash::{FACTOR, pair},
+};
 use bytemuck::{Pod, Zeroable};
 
 /// [`ServiceKey::port`] of a service that takes every port no other key names. No packet that is
@@ -102,11 +105,12 @@ impl Places {
     #[must_use]
     pub fn of<A: Address>(key: &ServiceKey<A>) -> Self {
         let vip = key.vip.widen();
-        let port = (key.port as u64) << 32 | (key.protocol as u64) << 48;
+        let port = pair(0, key.port as u32 | (key.protocol as u32) << 16);
         let mut word = vip[0] as u64 | port;
         if A::WORDS > 1 {
-            let low = vip[2] as u64 | (vip[3] as u64) << 32;
-            word ^= (vip[1] as u64).rotate_left(29) ^ low.wrapping_mul(FACTOR).rotate_left(23);
+            let high = pair(vip[0], vip[1]).wrapping_mul(FACTOR);
+            let both = (high ^ pair(vip[2], vip[3])).wrapping_mul(FACTOR);
+            word = (both >> 32) ^ both ^ port;
         }
         Self(word.wrapping_mul(FACTOR))
     }
@@ -126,9 +130,6 @@ impl Places {
         crate::hash::slot_of((again >> 32) as u32, buckets)
     }
 }
-
-/// 2^64 divided by the golden ratio (Knuth, TAOCP 6.4).
-const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// How packets reach the backend; names in [`crate::names::FORWARD`].
 pub mod forward {

@@ -654,18 +654,18 @@ impl Family for V6 {
 
     #[inline(always)]
     fn listener(place: u32, key: &ServiceKey<[u32; 4]>) -> u32 {
+        // One comparison rather than six, of two words at a time.
+        let differs = |a: &ServiceKey<[u32; 4]>, b: &ServiceKey<[u32; 4]>| {
+            let port = |key: &ServiceKey<_>| u32::from(key.port) | u32::from(key.protocol) << 16;
+            (hash::pair(a.vip[0], a.vip[1]) ^ hash::pair(b.vip[0], b.vip[1]))
+                | (hash::pair(a.vip[2], a.vip[3]) ^ hash::pair(b.vip[2], b.vip[3]))
+                | u64::from(port(a) ^ port(b))
+        };
         let Some(bucket) = maps::SERVICES6.get(place) else {
             return 0;
         };
         for listener in &bucket.listeners {
-            let (a, b) = (&listener.key, key);
-            if a.vip[3] == b.vip[3]
-                && a.vip[2] == b.vip[2]
-                && a.vip[1] == b.vip[1]
-                && a.vip[0] == b.vip[0]
-                && a.port == b.port
-                && a.protocol == b.protocol
-            {
+            if differs(&listener.key, key) == 0 {
                 return listener.service;
             }
         }

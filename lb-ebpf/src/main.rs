@@ -63,10 +63,15 @@ use verdict::Verdict;
 #[xdp(frags)]
 #[inline(always)]
 pub fn sluice_xdp(ctx: XdpContext) -> u32 {
+    let usual = usual::balance(&Frame::new(ctx.ctx)).unwrap_or(Verdict::UNDECIDED);
+    // Hidden from the compiler, which would otherwise have each of the many places where a packet
+    // turns out to be unusual prepare for the long way, before it is known to go there.
+    let verdict = Verdict::from_bits(bounds::whole(usual.bits() as usize) as u64);
     let frame = Frame::new(ctx.ctx);
-    let verdict = match usual::balance(&frame) {
-        Some(verdict) => verdict,
-        None => Verdict::of(pipeline(&frame)),
+    let verdict = if verdict.is_undecided() {
+        Verdict::of(pipeline(&frame))
+    } else {
+        verdict
     };
     verdict::conclude(&frame, verdict)
 }

@@ -92,7 +92,7 @@ pub fn forward<F: Family>(
             return Some(dropped);
         }
     }
-    let begins = u64::from(packet.flags.opens());
+    let begins = packet.flags.opens();
     stats::count_placed(number, slot.backend, packet.packet_len.into(), begins);
     Some(Verdict::leave(frame, ifindex))
 }

@@ -12,11 +12,13 @@ pub fn count_in(service: u32, backend: u32, bytes: u64) {
     });
 }
 
-/// One packet from a client, which begins a connection if `begins` is 1.
+/// One packet from a client, which may begin a connection.
 #[inline(always)]
-pub fn count_placed(service: u32, backend: u32, bytes: u64, begins: u64) {
+pub fn count_placed(service: u32, backend: u32, bytes: u64, begins: bool) {
     both(service, backend, |counters| {
-        counters.connections += begins;
+        if begins {
+            counters.connections += 1;
+        }
         counters.packets_in += 1;
         counters.bytes_in += bytes;
     });

@@ -32,6 +32,15 @@ impl Verdict {
     /// Not yet decided: what a subprogram leaves to [`crate::rewrite::finish`].
     pub const ENCAPSULATE: Self = Self(u64::MAX);
 
+    /// Not yet decided: the short way leaves the packet to the long one.
+    pub const UNDECIDED: Self = Self::ENCAPSULATE;
+
+    /// Whether it is [`Self::UNDECIDED`].
+    #[inline(always)]
+    pub const fn is_undecided(self) -> bool {
+        self.0 == Self::UNDECIDED.0
+    }
+
     /// The verdict, wherever the packet's way ended.
     #[inline(always)]
     pub fn of(way: Result<Self, Self>) -> Self {
