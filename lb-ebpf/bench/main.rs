@@ -30,7 +30,7 @@ static CASE: Array<Case, 1, MMAPABLE> = Array::new();
 static TUPLES: Array<Tuple, 1, MMAPABLE> = Array::new();
 /// What is measured: the balancer, then the floors.
 #[map(name = "programs")]
-static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(4, 0);
+static PROGRAMS: ProgramArray = ProgramArray::with_max_entries(5, 0);
 
 /// Packets that have reached [`sink`].
 #[btf_map(name = "sunk")]
@@ -43,6 +43,7 @@ const BALANCER: u32 = 0;
 const FLOOR_TX: u32 = 1;
 const FLOOR_SWAP: u32 = 2;
 const PASS: u32 = 3;
+const FLOOR_GROW: u32 = 4;
 
 /// Where things are in a packet of one family.
 trait Family {
@@ -111,6 +112,16 @@ pub fn swap6(ctx: XdpContext) -> u32 {
 }
 
 #[xdp(frags)]
+pub fn grow4(ctx: XdpContext) -> u32 {
+    run::<V4, FLOOR_GROW>(&ctx)
+}
+
+#[xdp(frags)]
+pub fn grow6(ctx: XdpContext) -> u32 {
+    run::<V6, FLOOR_GROW>(&ctx)
+}
+
+#[xdp(frags)]
 pub fn pass4(ctx: XdpContext) -> u32 {
     run::<V4, PASS>(&ctx)
 }
@@ -155,6 +166,16 @@ pub fn floor_swap(ctx: XdpContext) -> u32 {
     write(data + 4, from_tail);
     write(data + 6, to);
     write(data + 10, to_tail);
+    xdp_action::XDP_TX
+}
+
+/// The least that a program can do to make room for an outer header.
+#[xdp(frags)]
+pub fn floor_grow(ctx: XdpContext) -> u32 {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_xdp_adjust_head(ctx.ctx, -20) } != 0 {
+        return xdp_action::XDP_ABORTED;
+    }
     xdp_action::XDP_TX
 }
 

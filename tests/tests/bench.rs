@@ -98,6 +98,7 @@ fn packets_are_measured_and_the_program_does_what_the_case_says() {
             "dsr v4 tcp maglev established 1",
             "floor tx",
             "floor mac-swap",
+            "floor grow",
             "floor tx unwrapped"
         ]
     );

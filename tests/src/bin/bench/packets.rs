@@ -425,15 +425,24 @@ fn floors(family: Family) -> Vec<Case> {
         growth: 0,
         counts: Counts::Nothing,
     };
+    let grown = Expected {
+        growth: 20,
+        ..expected
+    };
     [
-        ("floor tx", Target::FloorTx, true),
-        ("floor mac-swap", Target::FloorSwap, true),
-        ("floor tx unwrapped", Target::FloorTx, false),
+        ("floor tx", Target::FloorTx, true, expected),
+        ("floor mac-swap", Target::FloorSwap, true, expected),
+        ("floor grow", Target::FloorGrow, true, grown),
+        ("floor tx unwrapped", Target::FloorTx, false, expected),
     ]
-    .map(|(name, target, wrapped)| Case {
-        target,
-        wrapped,
-        ..Case::new(name, &frame, expected)
+    .map(|(name, target, wrapped, expected)| {
+        let mut case = Case::new(name, &frame, expected);
+        case.stamp.grows_at_head = u32::from(expected.growth > 0);
+        Case {
+            target,
+            wrapped,
+            ..case
+        }
     })
     .into()
 }

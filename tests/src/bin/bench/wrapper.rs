@@ -27,6 +27,8 @@ pub enum Target {
     FloorSwap,
     /// A program that hands the packet to the kernel.
     Pass,
+    /// A program that makes room for an outer header and sends the packet back.
+    FloorGrow,
 }
 
 impl Target {
@@ -39,6 +41,8 @@ impl Target {
             (Self::FloorTx, Family::V6) => "tx6",
             (Self::FloorSwap, Family::V4) => "swap4",
             (Self::FloorSwap, Family::V6) => "swap6",
+            (Self::FloorGrow, Family::V4) => "grow4",
+            (Self::FloorGrow, Family::V6) => "grow6",
             (Self::Pass, Family::V4) => "pass4",
             (Self::Pass, Family::V6) => "pass6",
         }
@@ -81,6 +85,7 @@ impl Wrapper {
         for (target, name) in [
             (Target::FloorTx, "floor_tx"),
             (Target::FloorSwap, "floor_swap"),
+            (Target::FloorGrow, "floor_grow"),
             (Target::Pass, "pass"),
         ] {
             wrapper.set(target, wrapper.program(name)?)?;
