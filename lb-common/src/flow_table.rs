@@ -232,18 +232,19 @@ pub const fn expendable<A>(flow: &Flow<A>, age: u32) -> u64 {
     let as_backend =
         state::SYN_SENT as u32 + flow.proven as u32 * (state::ESTABLISHED - state::SYN_SENT) as u32;
     let state = (flow.state as u32) * (1 - of_backend) + as_backend * of_backend;
-    (age as u64 + 1) << (SHIFTS >> (4 * (state & 7)) & 15)
+    (age as u64 + 1) << (2 * (SHIFTS >> (4 * (state & 7)) & 15))
 }
 
-/// Powers of two for [`expendable`], by state, four bits each: half open 2^8, half closed 2^4, closed 2^10.
+/// Half the powers of two for [`expendable`], by state, four bits each: half open 2^20, half closed
+/// 2^12, closed 2^24.
 const SHIFTS: u32 = {
     let mut shifts = 0;
-    shifts |= 8 << (4 * state::SYN_SENT);
-    shifts |= 8 << (4 * state::SYN_RECEIVED);
-    shifts |= 4 << (4 * state::FIN_CLIENT);
-    shifts |= 4 << (4 * state::FIN_BACKEND);
-    shifts |= 10 << (4 * state::TIME_WAIT);
-    shifts |= 10 << (4 * state::CLOSED);
+    shifts |= 10 << (4 * state::SYN_SENT);
+    shifts |= 10 << (4 * state::SYN_RECEIVED);
+    shifts |= 6 << (4 * state::FIN_CLIENT);
+    shifts |= 6 << (4 * state::FIN_BACKEND);
+    shifts |= 12 << (4 * state::TIME_WAIT);
+    shifts |= 12 << (4 * state::CLOSED);
     shifts
 };
 
@@ -388,10 +389,11 @@ mod tests {
             client(state::SYN_RECEIVED),
             reply(0),
         ] {
-            assert!(expendable(&half_open, 10) > established);
-            assert!(expendable(&half_open, 2) < established);
+            assert!(expendable(&half_open, 0) > established);
+            assert!(expendable(&half_open, 0) > expendable(&client(state::FIN_CLIENT), 200));
+            assert!(expendable(&half_open, 10) < expendable(&client(state::CLOSED), 0));
         }
         assert!(expendable(&client(state::CLOSED), 1) > established);
-        assert!(expendable(&client(state::FIN_CLIENT), 100) > established);
+        assert!(expendable(&client(state::FIN_CLIENT), 0) > established);
     }
 }

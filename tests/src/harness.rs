@@ -1026,6 +1026,13 @@ impl Balancer {
         self.set("settings", 0, settings);
     }
 
+    /// Leaves so many sets of the flow table in use.
+    pub fn set_flow_sets(&mut self, sets: u32) {
+        self.settings.flow_sets = sets;
+        let settings = self.settings;
+        self.set("settings", 0, settings);
+    }
+
     /// All half-open flows that began under pressure, of a family, sorted.
     #[must_use]
     pub fn opening(&self, family: Family) -> Vec<FlowEntry> {

@@ -6,6 +6,7 @@ mod checksum;
 mod concurrency;
 mod decap;
 mod decap_mutations;
+mod flow_table;
 mod fragments;
 mod icmp;
 mod listeners;
