@@ -50,7 +50,8 @@ pub struct Settings {
     pub nat_port_first: u16,
     /// Last source port that `nat` may use, host order, inclusive.
     pub nat_port_last: u16,
-    /// Seed of the port search, drawn at load so that ports are not predictable from outside.
+    /// Seed of the port search and of the places in the flow table, drawn at load so that neither is
+    /// predictable from outside.
     pub nat_port_seed: u32,
     /// First bits of the source address of an encapsulation in IPv4, network order; used where
     /// the mask below is not zero.
@@ -71,10 +72,10 @@ pub struct Settings {
     /// Flows a second that each CPU may record; beyond that new ones are placed without a record
     /// where the forward mode can do that. 0: no limit.
     pub new_flows: u32,
-    /// Buckets of maps `services4` and `services6`.
-    pub buckets: u32,
     /// Sets of maps `flows4` and `flows6`: see [`crate::flow_table`].
     pub flow_sets: u32,
+    /// Zero; room for what comes next without moving what is here.
+    pub reserved: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 64 && align_of::<Settings>() == 8);

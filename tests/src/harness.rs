@@ -575,7 +575,6 @@ impl Balancer {
             nat_port_first: ports.0,
             nat_port_last: ports.1,
             nat_port_seed: 0x1234_5678,
-            buckets: LISTENERS,
             flow_sets: flow_table::sets(FLOWS),
             gue_port: GUE_PORT.to_be(),
             ..bytemuck::Zeroable::zeroed()

@@ -63,8 +63,8 @@ fn layouts() -> Vec<Layout> {
                 nat_sources4: u8,
                 nat_sources6: u8,
                 new_flows: u32,
-                buckets: u32,
                 flow_sets: u32,
+                reserved: u32,
             }
         ),
         layout!(

@@ -283,7 +283,10 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
     (work.number, work.worth) = (NONE, 0);
     for way in 0..WAYS {
         // All on their way before the first is judged.
-        fetch::<F>(number(set, way));
+        if let Some(entry) = entry::<F>(number(set, way)) {
+            // SAFETY: a word of the entry.
+            unsafe { (&raw const (*entry).flow.last_seen).read_volatile() };
+        }
     }
     for way in 0..WAYS {
         let number = number(set, way);

@@ -641,7 +641,6 @@ impl Daemon {
             magic: before.magic,
             abi_version: before.abi_version,
             nat_port_seed: before.nat_port_seed,
-            buckets: before.buckets,
             flow_sets: before.flow_sets,
             ..settings
         };

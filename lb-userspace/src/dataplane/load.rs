@@ -393,7 +393,6 @@ fn marked(settings: Settings, limits: &Limits) -> Settings {
     Settings {
         magic: MAGIC,
         abi_version: ABI_VERSION,
-        buckets: limits.listeners,
         flow_sets: flow_table::sets(limits.flows),
         ..settings
     }
