@@ -143,8 +143,8 @@ pub fn is_full(backend: u32) -> bool {
         .is_some_and(|load| Load::is_full(share(load).0, load.max_connections))
 }
 
-/// A walk through the members of a service. What begins as zero comes first: the compiler joins such
-/// fields, and the verifier wants what it joins aligned.
+/// A walk through the members of a service. The compiler joins fields that begin as zero, and the place of a table, and the verifier
+/// wants what it joins aligned.
 #[repr(C, align(8))]
 struct Walk {
     /// Connections that the best so far holds.
@@ -152,14 +152,17 @@ struct Walk {
     /// The best so far, and its weight.
     backend: u32,
     weight: u32,
-    /// How many were passed over because they were full.
-    full: u64,
-    /// First slot, number of slots, and the one that the walk begins at.
+    /// First slot and number of slots.
     first: u32,
     slots: u32,
+    /// 1 if one was passed over because it was full.
+    full: u32,
+    /// The slot that the walk begins at.
     start: u32,
-    reserved: u32,
 }
+
+// A frame of more than 32 bytes would be too much for Linux 6.1, which counts in steps of 32.
+const _: () = assert!(size_of::<Walk>() == 32);
 
 /// The member of the service that holds the fewest connections for its weight and has room, or
 /// [`NO_BACKEND`], or [`ALL_FULL`]. Among equals each has its turn.
@@ -185,11 +188,10 @@ pub extern "C" fn least_loaded(service: u32) -> u32 {
         held: 0,
         backend: NO_BACKEND,
         weight: 0,
-        full: 0,
         first,
         slots,
+        full: 0,
         start,
-        reserved: 0,
     };
     // SAFETY: the callback has the signature the helper wants, and the walk outlives the call.
     unsafe {
@@ -222,7 +224,7 @@ extern "C" fn compare(step: u32, walk: *mut Walk) -> u64 {
         return 0;
     }
     if Load::is_full(held, load.max_connections) {
-        walk.full += 1;
+        walk.full = 1;
         return 0;
     }
     if walk.backend == NO_BACKEND || Load::is_less_loaded((held, weight), (walk.held, walk.weight))

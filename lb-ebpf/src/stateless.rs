@@ -69,7 +69,7 @@ pub fn forward<F: Family>(
         packet.protocol,
         packet.transport_len,
     );
-    let check = packet.checksum();
+    let check = packet.checksum(frame)?;
     // The sender may have left it to its hardware; or a checksum around it needs one inside.
     if csum::may_fold_to(pseudo, check) || check == 0 && mode == forward::GUE {
         return None;

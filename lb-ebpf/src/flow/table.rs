@@ -280,7 +280,11 @@ const fn is_flow(ports: u64) -> bool {
 /// in which the entries could be the best.
 #[inline(always)]
 fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
-    (work.number, work.worth) = (NONE, 0);
+    // SAFETY: fields of this CPU's desk. Each by itself, or the compiler would call `memset`.
+    unsafe {
+        (&raw mut work.number).write_volatile(NONE);
+        (&raw mut work.worth).write_volatile(0);
+    }
     for way in 0..WAYS {
         // All on their way before the first is judged.
         if let Some(entry) = entry::<F>(number(set, way)) {

@@ -82,14 +82,23 @@ impl<F: Family> Packet<F> {
         }
     }
 
-    /// The transport checksum.
+    /// The transport checksum; always `Some`.
     #[inline(always)]
-    pub fn checksum(&self) -> u16 {
-        if self.protocol == protocol::UDP {
+    pub fn checksum(&self, frame: &Frame) -> Option<u16> {
+        Some(if self.protocol == protocol::UDP {
             self.transport.read(offset_of!(UdpHdr, check))
         } else {
-            self.transport.read(offset_of!(TcpHdr, check))
-        }
+            self.tcp(frame)?.read(offset_of!(TcpHdr, check))
+        })
+    }
+
+    /// The TCP header of a packet that has one: always `Some`.
+    ///
+    /// It was there when it was parsed, but older verifiers (Linux 6.1) have forgotten by now that the
+    /// packet is TCP, and want to be shown again.
+    #[inline(always)]
+    pub fn tcp(&self, frame: &Frame) -> Option<Cursor> {
+        frame.check(self.transport, TcpHdr::LEN)
     }
 
     /// The packet's key in the flow table.

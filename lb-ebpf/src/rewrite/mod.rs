@@ -82,10 +82,12 @@ fn update_checksum<F: Family>(
             packet.transport.write(offset, csum::udp(check));
         }
     } else {
+        let malformed = Verdict::drop(DropReason::Malformed, service);
+        let tcp = packet.tcp(frame).ok_or(malformed)?;
         let offset = offset_of!(TcpHdr, check);
-        let check: u16 = packet.transport.read(offset);
+        let check: u16 = tcp.read(offset);
         if let Some(check) = new_checksum(frame, packet, check, service, delta)? {
-            packet.transport.write(offset, check);
+            tcp.write(offset, check);
         }
     }
     Ok(())

@@ -164,24 +164,17 @@ where
         Ok(())
     }
 
-    /// Number of entries, by counting them.
-    ///
-    /// # Errors
-    ///
-    /// As for [`FlowTable::each`].
-    pub fn len(&self) -> io::Result<u64> {
-        let mut count = 0;
-        self.each(|_, _, _| count += 1)?;
-        Ok(count)
+    /// Number of entries that are in use, by counting their tags.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        let used = |set| WAYS - Tags(self.tags(set).load(Ordering::Relaxed)).free();
+        (0..self.sets()).map(|set| u64::from(used(set))).sum()
     }
 
     /// Whether there is no entry.
-    ///
-    /// # Errors
-    ///
-    /// As for [`FlowTable::each`].
-    pub fn is_empty(&self) -> io::Result<bool> {
-        Ok(self.len()? == 0)
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Shows `f` the sets that are not empty.

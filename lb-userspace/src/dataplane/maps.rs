@@ -211,7 +211,7 @@ where
     Flow<A>: Pod,
 {
     fn entries(&self, maps: &Maps) -> io::Result<u64> {
-        A::flow_table(maps)?.len()
+        Ok(A::flow_table(maps)?.len())
     }
 
     fn max_entries(&self) -> u32 {
