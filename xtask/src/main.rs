@@ -7,6 +7,7 @@ mod demo;
 mod leftovers;
 mod libtest;
 mod lint;
+mod old_kernel;
 mod run;
 mod setup;
 mod test;

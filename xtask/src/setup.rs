@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
-    bpf, lint,
+    bpf, lint, old_kernel,
     run::{as_root, as_root_with, find, output, run, shown, step, succeeds, timed},
 };
 
@@ -175,6 +175,17 @@ const NEEDS: &[Need] = &[
         fedora: "procps-ng",
         arch: "procps-ng",
     },
+    Need {
+        groups: &[Group::Tests],
+        why: "an emulator, and what a machine in it is made of: an older kernel",
+        is_there: || {
+            let all = ["qemu-system-x86_64", "busybox", "cpio", "ldd"];
+            all.iter().all(|program| find(program).is_some())
+        },
+        debian: "qemu-system-x86 busybox-static cpio libc-bin",
+        fedora: "qemu-system-x86-core busybox cpio glibc-common",
+        arch: "qemu-system-x86 busybox cpio glibc",
+    },
 ];
 
 fn nginx_streams() -> bool {
@@ -228,6 +239,9 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
     }
     if has(Group::Lint) {
         ensure_lint()?;
+    }
+    if has(Group::Tests) {
+        old_kernel::ensure()?;
     }
     if has(Group::Run) {
         ensure_bpffs()?;

@@ -19,6 +19,7 @@ use crate::{
     artifacts::{self, Executable},
     leftovers,
     libtest::Tally,
+    old_kernel,
     run::{self, cargo, step, timed},
     setup::{self, Group},
 };
@@ -130,9 +131,11 @@ fn needs_root(program: &Executable) -> bool {
 
 fn run_program(program: &Executable, sluice: &Path, filter: &[String]) -> Result<Tally> {
     let run = std::process::id().to_string();
-    let variables: [(&str, &OsStr); 3] = [
+    let old_kernel = old_kernel::folder()?;
+    let variables: [(&str, &OsStr); 4] = [
         (leftovers::MARK, run.as_ref()),
         ("SLUICE_BIN", sluice.as_os_str()),
+        ("SLUICE_OLD_KERNEL", old_kernel.as_os_str()),
         ("RUST_BACKTRACE", "1".as_ref()),
     ];
     let root = needs_root(program);
