@@ -19,7 +19,7 @@
 use crate::{
     addr::Address,
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
-    hash,
+    hash::{self, FACTOR, pair},
 };
 use bytemuck::{Pod, Zeroable};
 use core::mem::offset_of;
@@ -183,8 +183,7 @@ impl Home {
     }
 }
 
-/// 2^64 divided by the golden ratio (Knuth, TAOCP 6.4), and the factors of splitmix64 (Steele et al., 2014).
-const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+/// The factors of splitmix64 (Steele et al., 2014).
 const FACTOR_2: u64 = 0xbf58_476d_1ce4_e5b9;
 const FACTOR_3: u64 = 0x94d0_49bb_1331_11eb;
 
@@ -199,17 +198,16 @@ impl KeyWords {
     #[must_use]
     pub fn of<A: Address>(key: &FlowKey<A>) -> Self {
         let (src, dst) = (key.src.widen(), key.dst.widen());
-        let join = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         let ports =
             u64::from(key.sport) | u64::from(key.dport) << 16 | u64::from(key.protocol) << 32;
         if A::WORDS == 1 {
-            return Self([join(src[0], dst[0]), 0, 0, 0, ports]);
+            return Self([pair(src[0], dst[0]), 0, 0, 0, ports]);
         }
         Self([
-            join(src[0], src[1]),
-            join(src[2], src[3]),
-            join(dst[0], dst[1]),
-            join(dst[2], dst[3]),
+            pair(src[0], src[1]),
+            pair(src[2], src[3]),
+            pair(dst[0], dst[1]),
+            pair(dst[2], dst[3]),
             ports,
         ])
     }

@@ -235,8 +235,6 @@ mod tests {
                 unevenness((0..100_000_u32).map(|n| source_hash(n.to_be()))),
             ),
         ] {
-            extern crate std;
-            std::println!("{name}: {unevenness:.1}");
             // More even than by chance does no harm.
             assert!(unevenness < 4.0, "{name}: {unevenness}");
         }

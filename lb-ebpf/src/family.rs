@@ -116,6 +116,8 @@ pub trait Family: Sized {
     fn work() -> Option<&'static mut Work<Self::Addr>>;
     /// [`crate::pressure`]'s subprogram for a packet that may belong to a half-open flow.
     fn resume() -> u64;
+    /// [`crate::pressure`]'s subprogram that moves such a flow to the flow table.
+    fn settle() -> u64;
     /// [`crate::pressure`]'s subprogram that frees a source port.
     fn recycle(any: u32) -> u64;
     /// [`crate::admit`]'s subprogram.
@@ -291,6 +293,11 @@ impl Family for V4 {
     #[inline(always)]
     fn resume() -> u64 {
         pressure::resume4()
+    }
+
+    #[inline(always)]
+    fn settle() -> u64 {
+        pressure::settle4()
     }
 
     #[inline(always)]
@@ -645,6 +652,11 @@ impl Family for V6 {
     #[inline(always)]
     fn resume() -> u64 {
         pressure::resume6()
+    }
+
+    #[inline(always)]
+    fn settle() -> u64 {
+        pressure::settle6()
     }
 
     #[inline(always)]

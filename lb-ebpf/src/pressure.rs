@@ -8,7 +8,7 @@
 use crate::{
     family::Family,
     flow::{
-        Decision, FOLLOW, OVER, Work,
+        Decision, FOLLOW, OVER,
         change::{count_flow, flags_lead_to},
         dropped, exceeds, refused, table, too_big, touch,
     },
@@ -85,6 +85,7 @@ fn resume<F: Family>() -> Decision {
     let Some(work) = F::work() else {
         return OVER;
     };
+    work.settles = 0;
     let Some(flow) = F::opening().get_ptr_mut(&work.arrival.key) else {
         return OVER;
     };
@@ -139,7 +140,7 @@ fn resume<F: Family>() -> Decision {
     // A second packet of the same datagrams' flow is what UDP has of a handshake.
     if matches!(work.client.state, state::ESTABLISHED | state::UDP) {
         work.reply_key = opposite;
-        settle::<F>(work);
+        work.settles = 1;
     }
     FOLLOW
 }
@@ -151,10 +152,14 @@ fn forget<F: Family>(key: &FlowKey<F::Addr>, opposite: &FlowKey<F::Addr>) -> Dec
     OVER
 }
 
-/// Moves a flow to the flow table. Where that has no room for it, it stays.
+/// Moves the flow that [`resume`] has left to the flow table. Where that has no room for it, it stays.
 #[inline(always)]
-fn settle<F: Family>(work: &mut Work<F::Addr>) {
+fn settle<F: Family>() {
+    let Some(work) = F::work() else {
+        return;
+    };
     work.reply.proven = 1;
+    work.spared = table::NONE;
     if F::find(table::REPLY) != table::NONE || !table::insert::<F>(table::REPLY) {
         return;
     }
@@ -222,6 +227,22 @@ pub extern "C" fn recycle4(any: u32) -> u64 {
 #[inline(never)]
 pub extern "C" fn recycle6(any: u32) -> u64 {
     recycle::<crate::family::V6>(any)
+}
+
+/// [`settle`] for IPv4.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn settle4() -> u64 {
+    settle::<crate::family::V4>();
+    0
+}
+
+/// [`settle`] for IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn settle6() -> u64 {
+    settle::<crate::family::V6>();
+    0
 }
 
 /// [`resume`] for IPv4.

@@ -62,6 +62,14 @@ pub fn forward<F: Family>(
     {
         return None;
     }
+    if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
+    {
+        change::count_load(slot.backend, change::RETRIES, 1);
+        let work = F::work()?;
+        (work.avoid, work.since) = (slot.backend, flow::now());
+        work.avoider = flow_hash;
+        return None;
+    }
     let packet = &packet.afresh();
     let pseudo = checksum::pseudo_sum(
         packet.network.src,
@@ -72,13 +80,6 @@ pub fn forward<F: Family>(
     let check = packet.checksum(frame)?;
     // The sender may have left it to its hardware; or a checksum around it needs one inside.
     if csum::may_fold_to(pseudo, check) || check == 0 && mode == forward::GUE {
-        return None;
-    }
-    if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
-    {
-        change::count_load(slot.backend, change::RETRIES, 1);
-        let work = F::work()?;
-        (work.avoid, work.since) = (slot.backend, flow::now());
         return None;
     }
     let ifindex = backend.ifindex;

@@ -2,7 +2,7 @@
 //!
 //! The data plane begins flows and follows their state; it never looks for what has gone quiet.
 //! [`Flows::sweep`] does, in one pass over each table: it removes flows that were silent for as
-//! long as their state allows, and the second entry of flows whose first was evicted, and
+//! long as their state allows, and the second entry of flows whose first is gone, and
 //! compares the number of flows it saw with the number the data plane counts.
 
 use crate::{

@@ -315,20 +315,23 @@ impl Snapshot {
         )?;
         gauge(
             encoder,
-            ("sluice_flows_max", "Entries the flow table has room for"),
+            (
+                "sluice_flows_max",
+                "Entries the flow table is made for; it has room for half as many more",
+            ),
             flows().map(|(labels, map)| (labels, float(map.max_entries))),
         )?;
         gauge(
             encoder,
             (
                 "sluice_map_pressure",
-                "Part of a map's room that is in use, 0 to 1",
+                "Part of a map's room that is in use, 0 to 1; of a flow table's limit, to 1.5",
             ),
-            // A map of one element is always full.
+            // A map of one element is always full, and sets are in use long before the table is full.
             status
                 .maps
                 .iter()
-                .filter(|map| map.max_entries > 1)
+                .filter(|map| map.max_entries > 1 && !map.name.starts_with("flow_sets"))
                 .map(|map| {
                     let pressure = float(map.entries) / float(map.max_entries);
                     (vec![("map", map.name.as_str())], pressure)

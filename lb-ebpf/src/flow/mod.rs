@@ -103,6 +103,8 @@ pub struct Work<A> {
     pub tags: u32,
     /// 1 if the packet belonged to a flow of a dead backend that picks another.
     pub moves: u32,
+    /// 1 if a half-open flow has become one like any other.
+    pub settles: u32,
     /// 1 if a new flow is to be recorded.
     pub recording: u32,
     /// 1 if it is to be recorded among the half-open ones.
@@ -112,6 +114,9 @@ pub struct Work<A> {
     pub avoid: u32,
     /// When that SYN came, if there was one.
     pub since: u32,
+    /// The hash of the flow that the two before are about: what stops on its way to be placed leaves
+    /// them behind.
+    pub avoider: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,
@@ -121,6 +126,10 @@ pub struct Work<A> {
     pub number: Number,
     /// How little the flow in it will be missed.
     pub worth: u64,
+    /// The backend's entry of the flow that is being recorded: not to be pushed out by the client's.
+    pub spared: Number,
+    /// 1 if another flow had to go, whose other entry has the key `other_key`.
+    pub replaced: u32,
     /// The client's entry of a new flow, or the entry that the packet of a half-open one belongs to.
     pub client: Flow<A>,
     /// Where the packet leaves to, whichever entry that is.
@@ -336,6 +345,9 @@ fn begin<F: Family>(
     let mut decision = OVER;
     if pressure::may_be_opening(work.arrival.now) {
         decision = F::resume();
+        if decision == FOLLOW && work.settles != 0 {
+            F::settle();
+        }
     }
     if decision == OVER {
         if lane & LANE_VIP == 0 {

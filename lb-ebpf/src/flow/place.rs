@@ -58,6 +58,7 @@ pub fn choose<F: Family>() -> Decision {
     }
     work.recording = 1;
     work.opening = 0;
+    work.spared = table::NONE;
     let mut by_hash = false;
     if !stateless {
         // In the middle of a flow that is not recorded: its first packet came under pressure, or its
@@ -71,8 +72,11 @@ pub fn choose<F: Family>() -> Decision {
             }
         }
     }
-    // Consumed: it concerns this packet only.
-    let avoid = core::mem::replace(&mut work.avoid, NO_BACKEND);
+    // Consumed: it concerns this packet only, if it does.
+    let mut avoid = core::mem::replace(&mut work.avoid, NO_BACKEND);
+    if avoid != NO_BACKEND && work.avoider != hash::flow_hash(&work.arrival.key) {
+        avoid = NO_BACKEND;
+    }
     let created = if avoid == NO_BACKEND {
         work.arrival.now
     } else {
@@ -189,8 +193,8 @@ pub fn choose<F: Family>() -> Decision {
         },
         direction: DIRECTION_BACKEND,
         forward: mode,
-        // UDP has no more to show.
-        proven: u8::from(udp),
+        // UDP has no more to show, and a flow in the middle has shown it before.
+        proven: u8::from(udp || !opens),
         mtu: interface_mtu(arrival.ifindex),
     };
     FOLLOW
@@ -295,6 +299,7 @@ pub fn record_reply<F: Family>() -> Decision {
                     .is_ok()
             };
             if added {
+                work.spared = work.number;
                 return FOLLOW;
             }
         }

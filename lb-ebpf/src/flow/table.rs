@@ -274,7 +274,7 @@ const fn is_flow(ports: u64) -> bool {
     ports != 0 && ports != CLAIMED
 }
 
-/// Leaves in `work.number` the entry of a set whose flow will be missed least.
+/// Leaves in `work.number` the entry of a set whose flow will be missed least, but for `work.spared`.
 ///
 /// The best so far stays in memory rather than in registers: the verifier would follow every order
 /// in which the entries could be the best.
@@ -296,6 +296,7 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
         let number = number(set, way);
         if let Some(entry) = entry::<F>(number)
             && is_flow(ports(entry))
+            && number != work.spared
         {
             // SAFETY: as in `look`.
             let flow = unsafe { &(*entry).flow };
@@ -312,11 +313,9 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
 }
 
 /// Another CPU has come in between: the same key or the same entry.
-pub const LOST: u64 = 0;
+const LOST: u64 = 0;
 /// The key has an entry.
-pub const ADDED: u64 = 1;
-/// The same, and the entry of another flow's other direction, `work.other_key`, is of no use any more.
-pub const REPLACED: u64 = 2;
+const ADDED: u64 = 1;
 
 /// Adds a key that is not there, in a free entry or in that of a flow that will be missed least.
 #[inline(always)]
@@ -324,14 +323,16 @@ pub fn add<F: Family>(which: u32) -> u64 {
     let Some(work) = F::work() else {
         return 0;
     };
-    let key = sought(work, which);
-    let Some((home, sets)) = home::<F>(key) else {
+    let Some((home, sets)) = home::<F>(sought(work, which)) else {
         return LOST;
     };
     let first = home.first(sets);
-    let is_full = !claim::<F>(work, home, sets);
+    let claimed = claim::<F>(work, home, sets);
+    let is_full = claimed == FULL;
     if is_full {
         least_missed::<F>(work, first);
+    } else if claimed == OVERTAKEN {
+        return LOST;
     }
     // SAFETY: a field of this CPU's desk. Read again, so that the verifier need not follow every
     // entry it could be.
@@ -340,12 +341,8 @@ pub fn add<F: Family>(which: u32) -> u64 {
         return LOST;
     };
     let place = (number as u32).wrapping_sub(1);
-    let mut done = ADDED;
-    if is_full {
-        done = displace::<F>(work, entry, place, home.tag());
-        if done == LOST {
-            return LOST;
-        }
+    if is_full && !displace::<F>(work, entry, place, home.tag()) {
+        return LOST;
     }
     if place / WAYS != first
         && let Some(word) = tag_word::<F>(first)
@@ -353,20 +350,29 @@ pub fn add<F: Family>(which: u32) -> u64 {
         // SAFETY: as above.
         unsafe { atomic::or_u64(word, DISPLACED) };
     }
+    // Read again: until here it would take up the stack.
+    let key = sought(work, which);
     write::<F>(entry, key, which, work);
     if anywhere::<F>(home, sets, key, number) != NONE {
         vacate::<F>(entry, number, key);
         return LOST;
     }
-    done
+    ADDED
 }
 
 /// How often a free entry is looked for again because another CPU has changed the set meanwhile.
 const TRIES: u32 = 4;
 
-/// Takes a free entry for a key and leaves its number in `work.number`; `false` if there is none.
+/// There is no free entry.
+const FULL: u64 = 0;
+/// An entry has been taken.
+const TAKEN: u64 = 1;
+/// Other CPUs were faster, again and again.
+const OVERTAKEN: u64 = 2;
+
+/// Takes a free entry for a key and leaves its number in `work.number`.
 #[inline(always)]
-fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> bool {
+fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> u64 {
     for _ in 0..TRIES {
         let mut set = home.first(sets);
         let mut before = tags::<F>(set);
@@ -379,7 +385,7 @@ fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> bool {
         }
         let free = before.marks(0);
         if free == 0 {
-            return false;
+            return FULL;
         }
         let at_home = free & Tags::at(home.way(), 0x80) != 0;
         let way = if at_home {
@@ -394,67 +400,72 @@ fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> bool {
                 && atomic::replace_u64(word, before.0, after)
             {
                 (&raw mut work.number).write_volatile(number(set, way));
-                return true;
+                return TAKEN;
             }
         }
     }
-    false
+    OVERTAKEN
 }
 
-/// Takes the entry of a flow that has to go.
+/// Takes the entry of a flow that has to go. Where that has another one, `work.other_key` and
+/// `work.replaced` are left for [`bury`]. `false`: somebody else has taken it.
 #[inline(always)]
 fn displace<F: Family>(
     work: &mut Work<F::Addr>,
     entry: *mut Entry<F::Addr>,
     place: u32,
     tag: u64,
-) -> u64 {
+) -> bool {
     let Some(word) = tag_word::<F>(place / WAYS) else {
-        return LOST;
+        return false;
     };
     let ports = ports(entry);
     if !is_flow(ports) {
-        return LOST;
+        return false;
     }
     // SAFETY: words of map values, aligned to 8 bytes; the flow as in `look`.
     unsafe {
         if !atomic::replace_u64(ports_of(entry), ports, CLAIMED) {
-            return LOST;
+            return false;
         }
         let flow = &(*entry).flow;
-        count_end(flow);
-        // Whoever has an entry is alone in changing its tag.
+        count_end(flow.direction, flow.backend, flow.generation, flow.state);
+        // Whoever has an entry is alone in changing its tag, but for a daemon that takes it for forgotten.
         let way = place % WAYS;
         let change = Tags(word.read_volatile()).of(way) ^ tag;
         atomic::xor_u64(word, Tags::at(way, change));
-        if !forward::translates(flow.forward) {
-            return ADDED;
+        if forward::translates(flow.forward) {
+            work.other_key = flow.opposite((ports >> 32) as u32);
+            work.replaced = 1;
         }
-        work.other_key = flow.opposite((ports >> 32) as u32);
     }
-    REPLACED
+    true
 }
 
-/// The end of a flow whose entry is this: its backend has one less.
+/// The end of a flow one of whose entries has gone: with the client's, its backend has one less.
 #[inline(always)]
-fn count_end<A>(flow: &Flow<A>) {
-    let counted = flow.direction == DIRECTION_CLIENT
+fn count_end(direction: u8, backend: u32, generation: u32, state: u8) {
+    let counted = direction == DIRECTION_CLIENT
         && maps::BACKENDS
-            .get(flow.backend)
-            .is_some_and(|backend| u32::from(backend.generation) == flow.generation);
+            .get(backend)
+            .is_some_and(|backend| u32::from(backend.generation) == generation);
     if counted {
-        count_flow(flow.backend, flow.state, u64::MAX);
+        count_flow(backend, state, u64::MAX);
     }
 }
 
 /// [`add`]; `true` if the key has an entry.
 #[inline(always)]
 pub fn insert<F: Family>(which: u32) -> bool {
+    let Some(work) = F::work() else {
+        return false;
+    };
+    work.replaced = 0;
     let done = F::add(which);
-    if done == REPLACED {
+    if work.replaced != 0 {
         F::bury();
     }
-    done != LOST
+    done == ADDED
 }
 
 /// Removes the other half of a flow that had to go: `work.other_key`.
@@ -471,11 +482,18 @@ pub fn bury<F: Family>() -> u64 {
     let Some(entry) = entry::<F>(number) else {
         return 0;
     };
-    // SAFETY: as in `look`.
-    let flow = unsafe { &(*entry).flow };
+    // SAFETY: as in `look`. Read before it is given away.
+    let (direction, backend, generation, state) = unsafe {
+        let flow = &raw const (*entry).flow;
+        (
+            (&raw const (*flow).direction).read_volatile(),
+            (&raw const (*flow).backend).read_volatile(),
+            (&raw const (*flow).generation).read_volatile(),
+            (&raw const (*flow).state).read_volatile(),
+        )
+    };
     if vacate::<F>(entry, number, key) == 1 {
-        // Nobody has written to it yet.
-        count_end(flow);
+        count_end(direction, backend, generation, state);
     }
     0
 }

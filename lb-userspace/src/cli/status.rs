@@ -119,7 +119,9 @@ pub(super) fn maps(maps: &[types::MapStatus], wide: bool) -> Table<'static> {
     for map in maps {
         let percent = map.entries.saturating_mul(100) / map.max_entries.max(1);
         let exact = |n: u64| if wide { n.to_string() } else { count(n) };
-        let full = (percent >= NEARLY_FULL && map.max_entries > 1).then_some(Colour::Red);
+        // Sets of flows are in use long before their table is full.
+        let may_fill = map.max_entries > 1 && !map.name.starts_with("flow_sets");
+        let full = (percent >= NEARLY_FULL && may_fill).then_some(Colour::Red);
         table.row(vec![
             map.name.as_str().into(),
             exact(map.entries).into(),

@@ -1,7 +1,8 @@
 //! The flow tables from the user side: see [`lb_common::flow_table`].
 //!
-//! Only pages that are looked at are mapped, and only for as long as a [`View`] lives: a table for
-//! millions of flows would otherwise count as memory of this process.
+//! Only pieces that are looked at are mapped, and no more than [`MAPPED`] at a time: a table for
+//! millions of flows would otherwise count as memory of this process, and take more mappings than the
+//! kernel allows one.
 
 use super::map::{SharedArray, checked};
 use bytemuck::{Pod, Zeroable};
@@ -12,19 +13,23 @@ use lb_common::{
     flow_table::{CLAIMED, Entry, Home, KeyWords, Tags, WAYS, flows, ports_offset},
 };
 use std::{
-    cell::OnceCell,
+    cell::RefCell,
+    collections::{HashMap, HashSet},
     io,
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
+    rc::Rc,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// Sets that are mapped at once: 64 KiB, a whole number of pages of any size that Linux has.
 const CHUNK_SETS: u32 = 64;
-/// Longest time from taking an entry to having filled it.
-const FILLING: Duration = Duration::from_millis(5);
+/// Chunks that a [`View`] keeps mapped.
+const MAPPED: usize = 256;
 /// Words of an entry.
 const ENTRY_WORDS: usize = size_of::<Entry<u32>>() / 8;
 /// Bytes of a chunk.
@@ -71,7 +76,13 @@ pub struct FlowTable<A> {
     entries: FlowEntries<A>,
     tags: SharedArray<u64>,
     settings: SharedArray<Settings>,
+    /// Entries that the last sweep could make nothing of.
+    odd: Mutex<HashSet<Odd>>,
 }
+
+/// An entry that is in use without a flow, or has one whose key belongs elsewhere: set, way, tag,
+/// and its word of ports and protocol. Some CPU may be about to fill it.
+type Odd = (u32, u32, u64, u64);
 
 impl<A: Address> FlowTable<A>
 where
@@ -93,6 +104,7 @@ where
             entries: FlowEntries::from_fd(entries.try_clone_to_owned()?)?,
             tags: SharedArray::from_fd(tags.try_clone_to_owned()?)?,
             settings: SharedArray::from_fd(settings.try_clone_to_owned()?)?,
+            odd: Mutex::default(),
         })
     }
 
@@ -104,10 +116,9 @@ where
     /// A look at the table.
     #[must_use]
     pub fn view(&self) -> View<'_, A> {
-        let chunks = self.sets().div_ceil(CHUNK_SETS);
         View {
             table: self,
-            chunks: (0..chunks).map(|_| OnceCell::new()).collect(),
+            chunks: RefCell::default(),
         }
     }
 
@@ -131,36 +142,48 @@ where
         })
     }
 
-    /// As [`FlowTable::each`], and frees what somebody has left behind half done: entries without
-    /// a flow that nobody fills.
+    /// As [`FlowTable::each`], and frees what somebody has left behind half done: what is odd, and was
+    /// so in the sweep before.
     ///
     /// # Errors
     ///
     /// As there.
     pub fn sweep(&self, mut f: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {
-        let mut odd = Vec::new();
+        let seed = self.settings.read(0).nat_port_seed;
+        let sets = self.sets();
+        let mut odd = HashSet::new();
         self.walk(|set, tags, chunk| {
-            for (way, entry) in chunk.flows(set, tags) {
-                match entry {
-                    Some(entry) => f(&entry.key, &entry.flow),
-                    None => odd.push((set, way, tags.of(way))),
+            for (way, entry) in chunk.flows::<A>(set, tags) {
+                let tag = tags.of(way);
+                if let Some(entry) = entry {
+                    let home = Home::of::<A>(KeyWords::of(&entry.key), seed);
+                    if tag == home.tag() && [home.first(sets), home.second(sets)].contains(&set) {
+                        f(&entry.key, &entry.flow);
+                        continue;
+                    }
                 }
+                let ports = chunk.ports::<A>(set, way).load(Ordering::Acquire);
+                odd.insert((set, way, tag, ports));
             }
         })?;
-        if odd.is_empty() {
-            return Ok(());
-        }
-        std::thread::sleep(FILLING);
+        let mut before = self.odd.lock().unwrap_or_else(PoisonError::into_inner);
         let view = self.view();
-        for (set, way, tag) in odd {
-            let ports = &view.chunk(set)?.entry(set, way)[ports_offset::<A>() / 8];
-            let same = Tags(self.tags(set).load(Ordering::Acquire)).of(way) == tag;
-            if same && matches!(ports.load(Ordering::Acquire), 0 | CLAIMED) {
-                ports.store(0, Ordering::Release);
-                self.tags(set)
-                    .fetch_and(!Tags::at(way, 0x7f), Ordering::AcqRel);
+        let forgotten: Vec<Odd> = odd.intersection(&before).copied().collect();
+        for (set, way, tag, ports) in forgotten {
+            let chunk = view.chunk(set)?;
+            let word = chunk.ports::<A>(set, way);
+            let is_same = Tags(self.tags(set).load(Ordering::Acquire)).of(way) == tag;
+            let order = Ordering::AcqRel;
+            if is_same
+                && word
+                    .compare_exchange(ports, 0, order, Ordering::Acquire)
+                    .is_ok()
+            {
+                self.tags(set).fetch_and(!Tags::at(way, 0x7f), order);
             }
+            odd.remove(&(set, way, tag, ports));
         }
+        *before = odd;
         Ok(())
     }
 
@@ -210,11 +233,12 @@ where
     }
 }
 
-/// A look at a flow table: what it has looked at stays mapped until it is dropped.
+/// A look at a flow table.
 #[derive(Debug)]
 pub struct View<'a, A> {
     table: &'a FlowTable<A>,
-    chunks: Vec<OnceCell<Chunk>>,
+    /// What is mapped, by number.
+    chunks: RefCell<HashMap<u32, Rc<Chunk>>>,
 }
 
 impl<A: Address> View<'_, A>
@@ -234,13 +258,17 @@ where
 
     /// Removes `key` and returns its flow as it was a moment before.
     ///
+    /// Should another flow with the same ports take its place in that very moment, it is that one which
+    /// goes.
+    ///
     /// # Errors
     ///
     /// As for [`View::get`].
     pub fn remove(&self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
         let ports = KeyWords::of(key).ports();
         while let Some((set, way, flow)) = self.find(key)? {
-            let taken = self.chunk(set)?.entry(set, way)[ports_offset::<A>() / 8].compare_exchange(
+            let chunk = self.chunk(set)?;
+            let taken = chunk.ports::<A>(set, way).compare_exchange(
                 ports,
                 0,
                 Ordering::AcqRel,
@@ -276,14 +304,18 @@ where
     }
 
     /// The chunk that has a set.
-    fn chunk(&self, set: u32) -> io::Result<&Chunk> {
+    fn chunk(&self, set: u32) -> io::Result<Rc<Chunk>> {
         let number = set / CHUNK_SETS;
-        let cell = &self.chunks[number as usize];
-        if let Some(chunk) = cell.get() {
-            return Ok(chunk);
+        let mut chunks = self.chunks.borrow_mut();
+        if let Some(chunk) = chunks.get(&number) {
+            return Ok(Rc::clone(chunk));
         }
-        let chunk = self.table.chunk(number)?;
-        Ok(cell.get_or_init(|| chunk))
+        if chunks.len() >= MAPPED {
+            chunks.clear();
+        }
+        let chunk = Rc::new(self.table.chunk(number)?);
+        chunks.insert(number, Rc::clone(&chunk));
+        Ok(chunk)
     }
 }
 
@@ -307,7 +339,8 @@ where
         let way = Tags::first(free);
         let mut entry = Entry::<A>::zeroed();
         (entry.key, entry.flow) = (*key, *flow);
-        let words = self.chunk(set)?.entry(set, way);
+        let chunk = self.chunk(set)?;
+        let words = chunk.entry(set, way);
         for (word, bytes) in words.iter().zip(bytemuck::bytes_of(&entry).chunks(8)) {
             let bytes = bytes.try_into().expect("entries consist of whole words");
             word.store(u64::from_ne_bytes(bytes), Ordering::Release);
@@ -367,6 +400,11 @@ impl Chunk {
         unsafe { std::slice::from_raw_parts(self.words.add(start).as_ptr(), ENTRY_WORDS) }
     }
 
+    /// An entry's word of ports and protocol.
+    fn ports<A: Address>(&self, set: u32, way: u32) -> &AtomicU64 {
+        &self.entry(set, way)[ports_offset::<A>() / 8]
+    }
+
     /// The entries of a set that are in use; `None` where there is no flow, or not yet.
     fn flows<A: Address>(
         &self,
@@ -380,7 +418,7 @@ impl Chunk {
             .filter(move |way| tags.of(*way) != 0)
             .map(move |way| {
                 let words = self.entry(set, way);
-                let ports = || words[ports_offset::<A>() / 8].load(Ordering::Acquire);
+                let ports = || self.ports::<A>(set, way).load(Ordering::Acquire);
                 let before = ports();
                 if before == 0 || before == CLAIMED {
                     return (way, None);

@@ -170,7 +170,7 @@ pub trait Flowing: Address {
     ///
     /// # Errors
     ///
-    /// When the kernel gives no second descriptor, or refuses to map the notes.
+    /// When the kernel gives no second descriptor, or refuses to map the tags.
     fn flow_table(maps: &Maps) -> io::Result<FlowTable<Self>>;
 }
 

@@ -47,7 +47,7 @@ fn counts_stay_true_when_the_flow_table_overflows() {
         (sum("active_connections"), sum("connections_total"))
     };
     assert_eq!(counted().1, 4096, "every flow was placed");
-    // What the kernel evicted was not counted down at once; the daemon makes up for it.
+    // Whoever pushes a flow out counts its end. The list and the counts are asked for one after the other.
     let mut seen = (0, 0);
     wait_until("the counts to agree with the table", || {
         let listed = topology.json(&["conn", "list"]);

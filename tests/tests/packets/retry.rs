@@ -8,7 +8,9 @@ use lb_common::{
 };
 use sluice_tests::{
     harness::{Balancer, Expected, Service, TCP, Verdict, service},
-    packet::{BACKEND_1, BACKEND_2, BACKEND_3, CLIENT, Family, Packet, VIP, reply, transport},
+    packet::{
+        BACKEND_1, BACKEND_2, BACKEND_3, CLIENT, Checksum, Family, Packet, VIP, reply, transport,
+    },
 };
 use std::{thread::sleep, time::Duration};
 
@@ -67,11 +69,21 @@ fn a_repeated_syn_goes_to_another_backend_and_the_flow_stays_there() {
 #[test]
 fn so_it_does_where_flows_are_not_recorded() {
     for family in Family::BOTH {
-        for mode in [forward::DSR, forward::IPIP, forward::GUE] {
+        let modes = [forward::DSR, forward::IPIP, forward::GUE];
+        // A client on this host or a guest of it leaves the checksum to its hardware.
+        let left = modes.map(|mode| (mode, Checksum::Partial));
+        for (mode, checksum) in modes
+            .map(|mode| (mode, Checksum::Right))
+            .into_iter()
+            .chain(left)
+        {
             let mut balancer = Balancer::new(vec![three(family, mode).stateless()]);
             // The program remembers those of the modes before.
-            let port = 41000 + 2 * u16::from(mode);
-            let to = |port| transport(family, TCP).from(CLIENT, port).to(VIP, 80);
+            let port = 41000 + 4 * u16::from(mode) + 2 * u16::from(checksum == Checksum::Partial);
+            let to = |port| {
+                let packet = transport(family, TCP).from(CLIENT, port).to(VIP, 80);
+                packet.checksum(checksum)
+            };
             let syn = to(port).syn();
             let first = mac(&balancer.send(&syn).frame);
             assert_eq!(mac(&balancer.send(&syn).frame), first);
