@@ -321,7 +321,7 @@ const ADDED: u64 = 1;
 #[inline(always)]
 pub fn add<F: Family>(which: u32) -> u64 {
     let Some(work) = F::work() else {
-        return 0;
+        return LOST;
     };
     let Some((home, sets)) = home::<F>(sought(work, which)) else {
         return LOST;

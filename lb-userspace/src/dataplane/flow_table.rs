@@ -4,7 +4,7 @@
 //! millions of flows would otherwise count as memory of this process, and take more mappings than the
 //! kernel allows one.
 
-use super::map::{SharedArray, checked};
+use super::map::{SharedArray, checked, map_words};
 use bytemuck::{Pod, Zeroable};
 use lb_common::{
     abi::Settings,
@@ -17,7 +17,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     marker::PhantomData,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     rc::Rc,
     sync::{
@@ -361,24 +361,8 @@ struct Chunk {
 
 impl Chunk {
     fn map(fd: BorrowedFd<'_>, first: u32, offset: usize, bytes: usize) -> io::Result<Self> {
-        let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it ends in the drop.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                offset,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let words = NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
         Ok(Self {
-            words,
+            words: map_words(fd, offset, bytes)?,
             bytes,
             first,
         })

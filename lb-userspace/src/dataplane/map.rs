@@ -351,21 +351,7 @@ impl<T: Pod> SharedArray<T> {
             return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
         }
         let bytes = info.max_entries as usize * Self::STRIDE * 8;
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it ends in the drop.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let words = NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
+        let words = map_words(fd.as_fd(), 0, bytes)?;
         Ok(Self {
             fd,
             words,
@@ -469,6 +455,31 @@ impl<T> Drop for SharedArray<T> {
             libc::munmap(self.words.as_ptr().cast(), self.bytes);
         }
     }
+}
+
+/// Maps a piece of an array made with `BPF_F_MMAPABLE`; whoever asks for it unmaps it. `offset` is a
+/// whole number of pages.
+pub(super) fn map_words(
+    fd: BorrowedFd<'_>,
+    offset: usize,
+    bytes: usize,
+) -> io::Result<NonNull<AtomicU64>> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            offset,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)
 }
 
 /// Whether every byte of `value` is zero.
