@@ -103,18 +103,25 @@ impl Slot {
     }
 }
 
-/// Live connections of one backend, and what limits them: an element of map `backend_load`.
+/// What has become of the connections of one backend, and what limits them: an element of map `backend_load`.
 ///
-/// Shared by all CPUs and changed atomically, only when a connection changes state.
+/// Shared by all CPUs and changed atomically, only when a connection changes state. The counters of
+/// connections only grow, so that whoever reads them twice knows how much has changed in between; what
+/// there is now are differences of two.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Load {
-    /// Established TCP connections, and UDP flows.
-    pub active: u64,
-    /// TCP connections being opened or closed.
-    pub inactive: u64,
-    /// Of both, those that neither side has begun to close: what the backend has to carry.
-    pub held: u64,
+    /// Connections that were recorded: TCP connections, and UDP flows.
+    pub begun: u64,
+    /// Of these, those that are recorded no more.
+    pub ended: u64,
+    /// Those that have become active: established TCP connections, and UDP flows.
+    pub opened: u64,
+    /// Those that were active, and are no more.
+    pub closed: u64,
+    /// Those that the backend need not carry any more: one side has begun to close them, or they have
+    /// ended.
+    pub released: u64,
     /// Weight in force: 0 takes no new flows.
     pub weight: u32,
     /// Most flows it may hold; 0: no limit.
@@ -123,13 +130,44 @@ pub struct Load {
     pub retries: u64,
     /// Connections that the backend reset before they were established.
     pub resets: u64,
-    /// Keeps each record in a cache line of its own.
-    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(size_of::<Load>() == 64);
 
+/// The difference of two counters. Below zero for a moment, when one is read and then the other
+/// changes.
+#[inline(always)]
+const fn difference(more: u64, less: u64) -> u64 {
+    let difference = more.wrapping_sub(less);
+    if difference >> 63 == 0 { difference } else { 0 }
+}
+
 impl Load {
+    /// Established TCP connections, and UDP flows.
+    #[must_use]
+    pub const fn active(&self) -> u64 {
+        difference(self.opened, self.closed)
+    }
+
+    /// TCP connections being opened or closed.
+    #[must_use]
+    pub const fn inactive(&self) -> u64 {
+        difference(self.recorded(), self.active())
+    }
+
+    /// All connections that are recorded.
+    #[must_use]
+    pub const fn recorded(&self) -> u64 {
+        difference(self.begun, self.ended)
+    }
+
+    /// Of these, those that neither side has begun to close: what the backend has to carry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn held(begun: u64, released: u64) -> u64 {
+        difference(begun, released)
+    }
+
     /// What [`Load::weight`] and [`Load::max_connections`] are together, so that they can be
     /// written with one 64-bit store that disturbs no counter.
     #[must_use]

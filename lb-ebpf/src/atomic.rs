@@ -2,7 +2,27 @@
 
 use core::arch::asm;
 
-/// Adds `value` (wrapping, so `u64::MAX` takes one away) and returns what was there before.
+/// Adds one.
+///
+/// # Safety
+///
+/// As for [`fetch_add`].
+#[inline(always)]
+pub unsafe fn increment(target: *mut u64) {
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "lock *(u64 *)({target} + 0) += {one}",
+            target = in(reg) target,
+            one = in(reg) 1_u64,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    let _ = target;
+}
+
+/// Adds `value` and returns what was there before.
 ///
 /// # Safety
 ///

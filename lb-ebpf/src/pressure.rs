@@ -9,7 +9,7 @@ use crate::{
     family::Family,
     flow::{
         Decision, FOLLOW, OVER,
-        change::{count_flow, flags_lead_to},
+        change::{count_begin, count_end, flags_lead_to},
         dropped, exceeds, refused, table, too_big, touch,
     },
     maps,
@@ -167,7 +167,7 @@ fn settle<F: Family>() {
         F::remove(table::REPLY);
         return;
     }
-    count_flow(work.client.backend, work.client.state, 1);
+    count_begin(work.client.backend, work.client.state);
     forget::<F>(&work.arrival.key, &work.reply_key);
 }
 
@@ -208,7 +208,7 @@ fn recycle<F: Family>(any: u32) -> u64 {
             .get(backend)
             .is_some_and(|b| u32::from(b.generation) == generation);
         if F::remove(table::OTHER) == 1 && counted {
-            count_flow(backend, state, u64::MAX);
+            count_end(backend, state);
         }
     }
     F::remove(table::REPLY);

@@ -113,14 +113,12 @@ fn next_turn(service: u32, slots: u32) -> Option<u32> {
 #[inline(always)]
 fn share(load: &Load) -> (u64, u32) {
     // SAFETY: a live map value, which other CPUs and the daemon change.
-    let (held, weight) = unsafe {
-        (
-            (&raw const load.held).read_volatile(),
-            (&raw const load.weight).read_volatile(),
-        )
-    };
-    // Below zero for a moment, when the daemon corrects it while a connection ends.
-    (if held >> 63 == 0 { held } else { 0 }, weight)
+    unsafe {
+        let released = (&raw const load.released).read_volatile();
+        let begun = (&raw const load.begun).read_volatile();
+        let weight = (&raw const load.weight).read_volatile();
+        (Load::held(begun, released), weight)
+    }
 }
 
 #[inline(always)]

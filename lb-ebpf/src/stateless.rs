@@ -64,7 +64,7 @@ pub fn forward<F: Family>(
     }
     if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
     {
-        change::count_load(slot.backend, change::RETRIES, 1);
+        change::count_load(slot.backend, change::RETRIES);
         let work = F::work()?;
         (work.avoid, work.since) = (slot.backend, flow::now());
         work.avoider = flow_hash;

@@ -24,6 +24,7 @@ use lb_common::{
 use std::{
     collections::{HashMap as StdHashMap, HashSet},
     hash::Hash,
+    mem::offset_of,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd as _,
     sync::atomic::Ordering,
@@ -98,21 +99,90 @@ impl Patience {
     }
 }
 
-/// Connections of one backend: active, inactive, held, in the order of [`Load`].
-type Counts = [i64; 3];
-
-/// The counters in [`Counts`] of a flow in `state`.
-fn counters(state: u8) -> impl Iterator<Item = usize> {
-    let held = state::is_held(state).then_some(2);
-    [usize::from(!state::is_active(state))]
-        .into_iter()
-        .chain(held)
+/// Connections of one backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    recorded: i64,
+    active: i64,
+    held: i64,
 }
 
-fn count<A>(counts: &mut StdHashMap<u32, Counts>, flow: &Flow<A>, change: i64) {
-    let of_backend = counts.entry(flow.backend).or_default();
-    for counter in counters(flow.state) {
-        of_backend[counter] += change;
+impl Counts {
+    /// Of one flow in `state`.
+    fn of(state: u8) -> Self {
+        Self {
+            recorded: 1,
+            active: state::is_active(state).into(),
+            held: state::is_held(state).into(),
+        }
+    }
+
+    /// As the data plane counts them.
+    fn counted(load: &Load) -> Self {
+        let difference = |more: u64, less: u64| more.wrapping_sub(less).cast_signed();
+        Self {
+            recorded: difference(load.begun, load.ended),
+            active: difference(load.opened, load.closed),
+            held: difference(load.begun, load.released),
+        }
+    }
+
+    /// How often each has changed between two looks at the counters.
+    fn changes(before: &Load, after: &Load) -> Self {
+        let more = |before: u64, after: u64| after.wrapping_sub(before).cast_signed();
+        let begun = more(before.begun, after.begun);
+        Self {
+            recorded: begun + more(before.ended, after.ended),
+            active: more(before.opened, after.opened) + more(before.closed, after.closed),
+            held: begun + more(before.released, after.released),
+        }
+    }
+
+    fn with(self, other: Self, f: impl Fn(i64, i64) -> i64) -> Self {
+        Self {
+            recorded: f(self.recorded, other.recorded),
+            active: f(self.active, other.active),
+            held: f(self.held, other.held),
+        }
+    }
+}
+
+/// By how much the counters of a backend are wrong at least: `seen` are the flows that a sweep saw
+/// which began when the counters were `before` and ended when they were `after`, without those it
+/// removed itself, which are `removed`.
+///
+/// Each change in between may have come before the sweep saw its flow, or afterwards.
+fn proven_drift(seen: Counts, before: &Load, after: &Load, removed: Counts) -> Counts {
+    let wrong = seen.with(Counts::counted(after), |seen, counted| seen - counted);
+    let changes = Counts::changes(before, after).with(removed, |all, ours| (all - ours).max(0));
+    wrong.with(changes, |wrong, changes| {
+        wrong.signum() * (wrong.abs() - changes).max(0)
+    })
+}
+
+/// What has been wrong in the same direction in two sweeps.
+fn repeated(drift: Counts, before: Counts) -> Counts {
+    drift.with(before, |now, before| {
+        if now.signum() == before.signum() {
+            now.signum() * now.abs().min(before.abs())
+        } else {
+            0
+        }
+    })
+}
+
+/// What to add to a backend's counters so that its connections are `step` more. The counters only grow: what
+/// is too much in one of them goes into another.
+fn correction(step: Counts) -> Load {
+    let more = |n: i64| n.max(0).unsigned_abs();
+    let held = step.held - step.recorded;
+    Load {
+        begun: more(step.recorded) + more(held),
+        ended: more(-step.recorded) + more(held),
+        opened: more(step.active),
+        closed: more(-step.active),
+        released: more(-step.recorded) + more(-held),
+        ..bytemuck::Zeroable::zeroed()
     }
 }
 
@@ -149,7 +219,8 @@ type Clients<A> = StdHashMap<ClientKey<A>, (u32, u32)>;
 /// What a sweep gathers.
 struct Gathered<'a> {
     sweep: &'a mut Sweep,
-    counts: &'a mut StdHashMap<u32, Counts>,
+    seen: &'a mut StdHashMap<u32, Counts>,
+    removed: &'a mut StdHashMap<u32, Counts>,
     looks: &'a mut StdHashMap<u32, Look>,
 }
 
@@ -283,7 +354,8 @@ impl Flows {
     /// When the kernel refuses to list or remove entries.
     pub fn sweep(&mut self, timeouts: &Timeouts) -> Result<Sweep> {
         let mut sweep = Sweep::default();
-        let mut counts = StdHashMap::new();
+        let (mut seen, mut removed) = (StdHashMap::new(), StdHashMap::new());
+        let before = self.loads();
         let mut looks = self.looks(timeouts);
         if looks.values().any(|look| !look.closing.is_empty()) {
             // A flow whose recording had begun can be found when this is over.
@@ -291,7 +363,8 @@ impl Flows {
         }
         let mut gathered = Gathered {
             sweep: &mut sweep,
-            counts: &mut counts,
+            seen: &mut seen,
+            removed: &mut removed,
             looks: &mut looks,
         };
         let clients = self.sweep_table(&self.flows4, timeouts, &mut gathered)?;
@@ -300,7 +373,7 @@ impl Flows {
         refresh(&self.affinity6, clients)?;
         self.sweep_opening(&self.opening4, timeouts, &mut sweep)?;
         self.sweep_opening(&self.opening6, timeouts, &mut sweep)?;
-        self.correct(&counts, &mut sweep);
+        self.correct(&before, &seen, &removed, &mut sweep);
         for (number, look) in looks {
             sweep.settling.insert(number, self.settling(number, look));
         }
@@ -321,7 +394,8 @@ impl Flows {
     {
         let Gathered {
             sweep,
-            counts,
+            seen,
+            removed,
             looks,
         } = gathered;
         let mut clients = Clients::new();
@@ -342,7 +416,8 @@ impl Flows {
             }
             sweep.flows += 1;
             if belongs {
-                count(counts, flow, 1);
+                let seen = seen.entry(flow.backend).or_default();
+                *seen = seen.with(Counts::of(flow.state), |sum, one| sum + one);
                 if let Some(look) = looks.get_mut(&flow.service) {
                     let place = look.place(key);
                     if self.slot(look.table.first + place).backend != flow.backend {
@@ -381,10 +456,12 @@ impl Flows {
             flows.remove(&opposite)?;
             if let Some(last) = flows.remove(&key)? {
                 if belongs && self.belongs(&last) {
-                    for counter in counters(last.state) {
-                        self.add(last.backend, counter, -1);
-                    }
-                    count(counts, &last, -1);
+                    self.count_end(&last);
+                    let one = Counts::of(last.state);
+                    let seen = seen.entry(last.backend).or_default();
+                    *seen = seen.with(one, |sum, one| sum - one);
+                    let removed = removed.entry(last.backend).or_default();
+                    *removed = removed.with(one, |sum, one| sum + one);
                 }
                 if belongs {
                     sweep.expired += 1;
@@ -494,43 +571,66 @@ impl Flows {
         backend.service == flow.service && u32::from(backend.generation) == flow.generation
     }
 
-    /// Corrects what has been wrong in two sweeps in a row. One alone proves nothing: the tables
-    /// change while they are read.
-    fn correct(&mut self, counts: &StdHashMap<u32, Counts>, sweep: &mut Sweep) {
-        let mut drift = StdHashMap::new();
-        for number in 1..self.load.len() {
+    /// The counters of all backends' connections, by number.
+    fn loads(&self) -> Vec<Load> {
+        (0..self.load.len())
+            .map(|number| self.load.read(number))
+            .collect()
+    }
+
+    /// Corrects what has been wrong in two sweeps in a row. One alone proves little: a CPU writes an
+    /// entry and its backend's counters one after the other.
+    fn correct(
+        &mut self,
+        before: &[Load],
+        seen: &StdHashMap<u32, Counts>,
+        removed: &StdHashMap<u32, Counts>,
+        sweep: &mut Sweep,
+    ) {
+        let mut drifts = StdHashMap::new();
+        for (number, before) in (0..).zip(before).skip(1) {
             if self.backends.read(number).service == 0 {
                 continue;
             }
-            let load = self.load.read(number);
-            let seen = counts.get(&number).copied().unwrap_or_default();
-            let mut wrong = [
-                seen[0] - load.active.cast_signed(),
-                seen[1] - load.inactive.cast_signed(),
-                seen[2] - load.held.cast_signed(),
-            ];
-            if wrong == [0; 3] {
+            let of =
+                |counts: &StdHashMap<u32, Counts>| counts.get(&number).copied().unwrap_or_default();
+            let drift = proven_drift(of(seen), before, &self.load.read(number), of(removed));
+            if drift == Counts::default() {
                 continue;
             }
-            let before = self.drift.get(&number).copied().unwrap_or_default();
-            for (counter, (wrong, before)) in wrong.iter_mut().zip(before).enumerate() {
-                if *wrong * before > 0 {
-                    let step = wrong.signum() * wrong.abs().min(before.abs());
-                    self.add(number, counter, step);
-                    *wrong -= step;
-                    sweep.drift += step.unsigned_abs();
-                }
-            }
-            drift.insert(number, wrong);
+            let step = repeated(drift, of(&self.drift));
+            let more = correction(step);
+            self.add(number, offset_of!(Load, begun), more.begun);
+            self.add(number, offset_of!(Load, ended), more.ended);
+            self.add(number, offset_of!(Load, opened), more.opened);
+            self.add(number, offset_of!(Load, closed), more.closed);
+            self.add(number, offset_of!(Load, released), more.released);
+            sweep.drift += step.recorded.unsigned_abs()
+                + step.active.unsigned_abs()
+                + step.held.unsigned_abs();
+            drifts.insert(number, drift.with(step, |drift, step| drift - step));
         }
-        self.drift = drift;
+        self.drift = drifts;
     }
 
-    /// Adds to one of the counters of a backend, in the order of [`Load`].
-    fn add(&self, backend: u32, counter: usize, change: i64) {
-        self.load
-            .atomic_u64(backend, counter * 8)
-            .fetch_add(change.cast_unsigned(), Ordering::Relaxed);
+    /// Counts that a flow is recorded no more.
+    fn count_end<A>(&self, flow: &Flow<A>) {
+        self.add(flow.backend, offset_of!(Load, ended), 1);
+        if state::is_active(flow.state) {
+            self.add(flow.backend, offset_of!(Load, closed), 1);
+        }
+        if state::is_held(flow.state) {
+            self.add(flow.backend, offset_of!(Load, released), 1);
+        }
+    }
+
+    /// Adds to the counter of a backend's [`Load`] at this offset.
+    fn add(&self, backend: u32, offset: usize, change: u64) {
+        if change != 0 {
+            self.load
+                .atomic_u64(backend, offset)
+                .fetch_add(change, Ordering::Relaxed);
+        }
     }
 
     /// Calls `f` for every client's flow until it returns `false`.
@@ -664,9 +764,7 @@ impl Flows {
         if let Some(flow) = flows.remove(key)? {
             flows.remove(&flow.opposite(key.protocol))?;
             if self.belongs(&flow) {
-                for counter in counters(flow.state) {
-                    self.add(flow.backend, counter, -1);
-                }
+                self.count_end(&flow);
             }
             return Ok(true);
         }
@@ -763,6 +861,85 @@ mod tests {
         }
         for mode in [forward::NAT, forward::DNAT] {
             assert_eq!(shown(mode, 7), "198.51.100.10:80");
+        }
+    }
+
+    /// Counters of a backend that has `recorded` connections, all of them active.
+    fn load(begun: u64, ended: u64) -> Load {
+        Load {
+            begun,
+            ended,
+            opened: begun,
+            closed: ended,
+            released: ended,
+            ..bytemuck::Zeroable::zeroed()
+        }
+    }
+
+    fn counts(n: i64) -> Counts {
+        Counts {
+            recorded: n,
+            active: n,
+            held: n,
+        }
+    }
+
+    #[test]
+    fn what_changes_during_a_sweep_proves_no_drift() {
+        let none = counts(0);
+        // Three came and two went; the sweep may have seen any of them.
+        let (before, after) = (load(10, 3), load(13, 5));
+        for seen in 3..=13 {
+            assert_eq!(proven_drift(counts(seen), &before, &after, none), none);
+        }
+        assert_eq!(proven_drift(counts(14), &before, &after, none), counts(1));
+        assert_eq!(proven_drift(counts(2), &before, &after, none), counts(-1));
+        // A connection that comes and goes again and again is counted as it was, and was seen.
+        assert_eq!(
+            proven_drift(counts(1), &load(7, 7), &load(8, 8), none),
+            none
+        );
+    }
+
+    #[test]
+    fn what_the_sweep_removes_itself_hides_no_drift() {
+        let (before, after) = (load(10, 3), load(10, 5));
+        assert_eq!(
+            proven_drift(counts(5), &before, &after, counts(2)),
+            counts(0)
+        );
+        assert_eq!(
+            proven_drift(counts(4), &before, &after, counts(2)),
+            counts(-1)
+        );
+        assert_eq!(
+            proven_drift(counts(4), &before, &after, counts(0)),
+            counts(0)
+        );
+    }
+
+    #[test]
+    fn a_correction_is_the_difference_it_is_made_for() {
+        for recorded in -3..=3 {
+            for active in -3..=3 {
+                for held in -3..=3 {
+                    let step = Counts {
+                        recorded,
+                        active,
+                        held,
+                    };
+                    assert_eq!(Counts::counted(&correction(step)), step);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_is_wrong_twice_is_corrected() {
+        assert_eq!(repeated(counts(3), counts(2)), counts(2));
+        assert_eq!(repeated(counts(-1), counts(-4)), counts(-1));
+        for before in [-2, 0] {
+            assert_eq!(repeated(counts(3), counts(before)), counts(0));
         }
     }
 

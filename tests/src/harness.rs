@@ -1075,7 +1075,7 @@ impl Balancer {
             load: (0..=backends)
                 .map(|n| {
                     let load: backend::Load = self.get("backend_load", n);
-                    (n, (load.active, load.inactive))
+                    (n, (load.active(), load.inactive()))
                 })
                 .filter(|(_, load)| *load != (0, 0))
                 .collect(),

@@ -202,14 +202,15 @@ fn layouts() -> Vec<Layout> {
         layout!(
             "Load",
             Load {
-                active: u64,
-                inactive: u64,
-                held: u64,
+                begun: u64,
+                ended: u64,
+                opened: u64,
+                closed: u64,
+                released: u64,
                 weight: u32,
                 max_connections: u32,
                 retries: u64,
-                resets: u64,
-                reserved: [u64; 2]
+                resets: u64
             }
         ),
         layout!(

@@ -38,6 +38,10 @@ fn the_demonstration_runs_on_an_older_kernel() {
         println!("not run: `cargo xtask setup --tests` could not fetch an older kernel");
         return;
     };
+    let Some(mut emulator) = emulator() else {
+        println!("not run: `cargo xtask setup --tests` could not fetch an emulator");
+        return;
+    };
     let folder = std::env::temp_dir().join(format!("slc-{}-old-kernel", std::process::id()));
     let _ = fs::remove_dir_all(&folder);
     let root = folder.join("root");
@@ -55,8 +59,7 @@ fn the_demonstration_runs_on_an_older_kernel() {
     )));
     let image = find(&kernel.join("boot"), "vmlinuz").expect("a kernel");
     // No kernel-based virtualisation: test machines are virtual themselves.
-    let console = Command::new("timeout")
-        .args(["--kill-after", "5", "240", "qemu-system-x86_64"])
+    let console = emulator
         .args(["-accel", "tcg", "-cpu", "max", "-m", "2048", "-smp", "2"])
         .args(["-nographic", "-no-reboot", "-nic", "none"])
         .arg("-kernel")
@@ -86,6 +89,26 @@ fn the_demonstration_runs_on_an_older_kernel() {
             .find(|line| line.contains("kernel "))
             .unwrap_or_default()
     );
+}
+
+/// The emulator, ended after some minutes: the machine's own, or the one that was unpacked for this test.
+fn emulator() -> Option<Command> {
+    const PROGRAM: &str = "qemu-system-x86_64";
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after", "5", "240"]);
+    let unpacked = std::env::var_os("SLUICE_EMULATOR").map(PathBuf::from);
+    if let Some(folder) = unpacked.filter(|folder| folder.join("usr/bin").join(PROGRAM).is_file()) {
+        let libraries = ["usr/lib", "lib"].map(|at| folder.join(at).join("x86_64-linux-gnu"));
+        command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).ok()?);
+        command.arg(folder.join("usr/bin").join(PROGRAM));
+        for data in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(folder.join(data));
+        }
+        return Some(command);
+    }
+    let is_there = Command::new(PROGRAM).arg("--version").output().is_ok();
+    command.arg(PROGRAM);
+    is_there.then_some(command)
 }
 
 /// The files of the machine: the binary with its libraries, a shell, and modules of the kernel. The name

@@ -1,5 +1,5 @@
-//! A Linux kernel older than that of the machine, for the test that runs the demonstration on it in an
-//! emulator: Debian's, unpacked, not installed.
+//! A Linux kernel older than that of the machine, and an emulator, for the test that runs the demonstration on it:
+//! Debian's, unpacked and not installed. An emulator of another version may exclude tools that are on the machine.
 
 use std::{
     fs,
@@ -11,38 +11,88 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     artifacts,
-    run::{output, run, timed},
+    run::{as_root, find, output, run, timed},
+    setup::{apt_get, run_apt},
 };
 
 /// Debian's package that names the current kernel: the small one for virtual machines.
 const NEWEST: &str = "linux-image-cloud-amd64";
+/// The package of the emulator, and its program.
+const EMULATOR: &str = "qemu-system-x86";
+const PROGRAM: &str = "qemu-system-x86_64";
 
-/// Where it is unpacked.
+/// Where the kernel is unpacked.
 pub fn folder() -> Result<PathBuf> {
     Ok(artifacts::target_dir()?.join("old-kernel"))
 }
 
-/// Fetches it, unless it is there already, or cannot be had: on another distribution, on another
+/// Where the emulator is unpacked, if the machine has none of its own.
+pub fn emulator_folder() -> Result<PathBuf> {
+    Ok(artifacts::target_dir()?.join("emulator"))
+}
+
+/// Fetches both, unless they are there already, or cannot be had: on another distribution, on another
 /// processor, or without a network. What is missing then is one test, which says so.
 pub fn ensure() -> Result<()> {
-    let folder = folder()?;
-    if folder.join("boot").is_dir() || !cfg!(target_arch = "x86_64") {
+    if !cfg!(target_arch = "x86_64") {
         return Ok(());
     }
-    let Some(package) = output(Command::new("apt-cache").args(["depends", NEWEST]))
-        .as_deref()
-        .and_then(kernel_in)
-        .map(str::to_owned)
-    else {
-        return Ok(());
-    };
-    let fetched = timed(&format!("fetching {package}, for a test only"), || {
-        unpack(&package, &folder)
+    let folder = folder()?;
+    if !folder.join("boot").is_dir() {
+        let Some(package) = output(Command::new("apt-cache").args(["depends", NEWEST]))
+            .as_deref()
+            .and_then(kernel_in)
+            .map(str::to_owned)
+        else {
+            return Ok(());
+        };
+        fetch(&package, &folder, |to| {
+            run(Command::new("apt-get")
+                .args(["-q", "-q", "download", &package])
+                .current_dir(to))
+        });
+    }
+    let folder = emulator_folder()?;
+    if find(PROGRAM).is_none() && !folder.join("usr/bin").join(PROGRAM).is_file() {
+        fetch(EMULATOR, &folder, |to| {
+            // With every library that the machine lacks. Nothing is installed, so nothing is in the way.
+            fs::create_dir_all(to.join("partial"))?;
+            let mut command = apt_get()?;
+            run_apt(
+                command
+                    .args(["-q", "-y", "--no-install-recommends", "--download-only"])
+                    .arg("-o")
+                    .arg(format!("Dir::Cache::archives={}", to.display()))
+                    .args(["install", EMULATOR]),
+            )
+        });
+    }
+    Ok(())
+}
+
+/// Has `download` put packages into a folder, and unpacks all of them in `folder`.
+fn fetch(what: &str, folder: &Path, download: impl FnOnce(&Path) -> Result<()>) {
+    let fetched = timed(&format!("fetching {what}, for a test only"), || {
+        let downloads = folder.with_extension("deb");
+        let _ = fs::remove_dir_all(&downloads);
+        fs::create_dir_all(&downloads).with_context(|| downloads.display().to_string())?;
+        download(&downloads)?;
+        // Beside its place first: one that is half unpacked is none.
+        let half = folder.with_extension("half");
+        let _ = fs::remove_dir_all(&half);
+        for entry in fs::read_dir(&downloads)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|ending| ending == "deb") {
+                run(Command::new("dpkg-deb").arg("-x").args([&path, &half]))?;
+            }
+        }
+        let _ = fs::remove_dir_all(folder);
+        fs::rename(&half, folder).with_context(|| folder.display().to_string())?;
+        run(as_root("rm")?.arg("-rf").arg(&downloads))
     });
     if let Err(error) = fetched {
         eprintln!("setup: {error:#}; the test on an older kernel is left out");
     }
-    Ok(())
 }
 
 /// The package that `apt-cache depends` says the newest kernel is in.
@@ -51,25 +101,6 @@ fn kernel_in(depends: &str) -> Option<&str> {
         .lines()
         .filter_map(|line| line.trim().strip_prefix("Depends: "))
         .find(|package| package.starts_with("linux-image-"))
-}
-
-fn unpack(package: &str, folder: &Path) -> Result<()> {
-    let download = folder.with_extension("deb");
-    let _ = fs::remove_dir_all(&download);
-    fs::create_dir_all(&download).with_context(|| download.display().to_string())?;
-    let mut fetch = Command::new("apt-get");
-    run(fetch
-        .args(["-q", "-q", "download", package])
-        .current_dir(&download))?;
-    let archive = fs::read_dir(&download)?
-        .next()
-        .context("apt-get has downloaded nothing")??
-        .path();
-    // Beside its place first: one that is half unpacked is none.
-    let half = download.join("unpacked");
-    run(Command::new("dpkg-deb").arg("-x").args([&archive, &half]))?;
-    fs::rename(&half, folder).with_context(|| folder.display().to_string())?;
-    fs::remove_dir_all(&download).with_context(|| download.display().to_string())
 }
 
 #[cfg(test)]

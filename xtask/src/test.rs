@@ -131,11 +131,12 @@ fn needs_root(program: &Executable) -> bool {
 
 fn run_program(program: &Executable, sluice: &Path, filter: &[String]) -> Result<Tally> {
     let run = std::process::id().to_string();
-    let old_kernel = old_kernel::folder()?;
-    let variables: [(&str, &OsStr); 4] = [
+    let (old_kernel, emulator) = (old_kernel::folder()?, old_kernel::emulator_folder()?);
+    let variables: [(&str, &OsStr); 5] = [
         (leftovers::MARK, run.as_ref()),
         ("SLUICE_BIN", sluice.as_os_str()),
         ("SLUICE_OLD_KERNEL", old_kernel.as_os_str()),
+        ("SLUICE_EMULATOR", emulator.as_os_str()),
         ("RUST_BACKTRACE", "1".as_ref()),
     ];
     let root = needs_root(program);

@@ -68,7 +68,7 @@ pub fn revise<F: Family>() -> Decision {
             && ticks_since(arrival.now, flow.last_seen) >= SYN_REPEATED
         {
             // The client asks again, so nobody has answered: another backend shall.
-            count_load(flow.backend, RETRIES, 1);
+            count_load(flow.backend, RETRIES);
             (work.avoid, work.since) = (flow.backend, flow.created);
             work.avoider = hash::flow_hash(&work.arrival.key);
             forget::<F>(work, flow, known);
@@ -107,7 +107,7 @@ pub fn note_reply<F: Family>() -> Decision {
     };
     let flags = TcpFlags(work.arrival.flags);
     if flags.any(TcpFlags::RST) && flow.state == state::SYN_SENT {
-        count_load(flow.backend, RESETS, 1);
+        count_load(flow.backend, RESETS);
         // A refusal. The client's next SYN tries another backend, if there is one; but only once,
         // or it would not hear of it if all of them refuse.
         let plural = maps::SERVICES
@@ -162,32 +162,36 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
         return;
     }
     match (state::is_active(before), state::is_active(after)) {
-        (false, true) => {
-            count_load(backend, ACTIVE, 1);
-            count_load(backend, INACTIVE, u64::MAX);
-        }
-        (true, false) => {
-            count_load(backend, ACTIVE, u64::MAX);
-            count_load(backend, INACTIVE, 1);
-        }
+        (false, true) => count_load(backend, OPENED),
+        (true, false) => count_load(backend, CLOSED),
         _ => {}
     }
     if state::is_held(before) && !state::is_held(after) {
-        count_load(backend, HELD, u64::MAX);
+        count_load(backend, RELEASED);
     }
 }
 
-/// Counts a new flow, or its end.
+/// Counts a flow that is recorded from now on.
 #[inline(always)]
-pub fn count_flow(backend: u32, state: u8, change: u64) {
-    let counter = if state::is_active(state) {
-        ACTIVE
-    } else {
-        INACTIVE
-    };
-    count_load(backend, counter, change);
+pub fn count_begin(backend: u32, state: u8) {
+    count_load(backend, BEGUN);
+    if state::is_active(state) {
+        count_load(backend, OPENED);
+    }
+    if !state::is_held(state) {
+        count_load(backend, RELEASED);
+    }
+}
+
+/// Counts one that is no more.
+#[inline(always)]
+pub fn count_end(backend: u32, state: u8) {
+    count_load(backend, ENDED);
+    if state::is_active(state) {
+        count_load(backend, CLOSED);
+    }
     if state::is_held(state) {
-        count_load(backend, HELD, change);
+        count_load(backend, RELEASED);
     }
 }
 
@@ -199,28 +203,30 @@ fn forget<F: Family>(work: &mut Work<F::Addr>, flow: &Flow<F::Addr>, counted: bo
     F::remove(table::OTHER);
     // Only whoever removed the client's entry counts its end.
     if F::remove(table::ARRIVAL) == 1 && counted {
-        count_flow(backend, state, u64::MAX);
+        count_end(backend, state);
     }
 }
 
-/// Offset of the counter of active connections.
-const ACTIVE: usize = offset_of!(Load, active);
-/// Offset of the counter of inactive connections.
-const INACTIVE: usize = offset_of!(Load, inactive);
-/// Offset of the counter of connections that are being opened or established.
-const HELD: usize = offset_of!(Load, held);
+/// Offset of the counter of connections.
+const BEGUN: usize = offset_of!(Load, begun);
+/// Offset of the counter of connections that are no more.
+const ENDED: usize = offset_of!(Load, ended);
+/// Offset of the counter of connections that have become active.
+const OPENED: usize = offset_of!(Load, opened);
+/// Offset of the counter of connections that are active no more.
+const CLOSED: usize = offset_of!(Load, closed);
+/// Offset of the counter of connections that need not be carried any more.
+const RELEASED: usize = offset_of!(Load, released);
 /// Offset of the counter of SYNs that were repeated.
 pub const RETRIES: usize = offset_of!(Load, retries);
 /// Offset of the counter of connections that were refused.
 const RESETS: usize = offset_of!(Load, resets);
 
-/// Adds to one counter of a backend's load; `u64::MAX` takes one away.
+/// Adds one to a counter of a backend's load.
 #[inline(always)]
-pub fn count_load(backend: u32, counter: usize, change: u64) {
+pub fn count_load(backend: u32, counter: usize) {
     if let Some(load) = maps::BACKEND_LOAD.get_ptr_mut(backend) {
         // SAFETY: a counter within the map value, aligned to 8 bytes.
-        unsafe {
-            atomic::fetch_add(load.byte_add(counter).cast(), change);
-        }
+        unsafe { atomic::increment(load.byte_add(counter).cast()) };
     }
 }

@@ -4,7 +4,7 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS, change::count_flow, dropped, exceeds, interface_mtu, refused,
+    Decision, FOLLOW, NOT_OURS, change::count_begin, dropped, exceeds, interface_mtu, refused,
     table, too_big,
 };
 use crate::{
@@ -366,7 +366,7 @@ pub fn record_client<F: Family>() -> Decision {
     }
     // What is half open, and may be pushed out at any time, is not counted as a connection yet.
     if work.opening == 0 {
-        count_flow(backend_number, work.client.state, 1);
+        count_begin(backend_number, work.client.state);
     }
     // One that is recorded in the middle was counted when it began.
     if matches!(work.client.state, state::UDP | state::SYN_SENT) {

@@ -3,7 +3,7 @@
 //! To find, add and remove are subprograms, which take their key from the CPU's [`Work`]. Only the first
 //! look, where most flows are found, is in the way of every packet.
 
-use super::{Work, change::count_flow};
+use super::{Work, change};
 use crate::{atomic, family::Family, maps};
 use lb_common::{
     abi::ticks_since,
@@ -450,7 +450,7 @@ fn count_end(direction: u8, backend: u32, generation: u32, state: u8) {
             .get(backend)
             .is_some_and(|backend| u32::from(backend.generation) == generation);
     if counted {
-        count_flow(backend, state, u64::MAX);
+        change::count_end(backend, state);
     }
 }
 

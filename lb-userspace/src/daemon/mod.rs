@@ -258,7 +258,7 @@ impl Daemon {
         let number = self.reconciler.backend_number(&key.service, &key.address);
         let number = number.filter(|number| {
             let load = self.dataplane.maps.backend_load.read(*number);
-            load.active + load.inactive > 0
+            load.recorded() > 0
         });
         let services = self.model.services().iter();
         let sees_replies = services
@@ -855,9 +855,7 @@ impl Daemon {
                 .copied()
                 .unwrap_or_else(Instant::now);
             let load = self.dataplane.maps.backend_load.read(number);
-            let drained = load.active == 0
-                && load.inactive == 0
-                && !self.reconciler.remembers(&service, &address);
+            let drained = load.recorded() == 0 && !self.reconciler.remembers(&service, &address);
             // At least one whole sweep, so that a flow that was just being placed is counted.
             let settled = self.retiring.contains_key(&(service, address));
             if settled && drained || begun.elapsed() >= self.drain_timeout(service) {

@@ -34,8 +34,8 @@ impl Daemon {
                 let address = backend.config().address;
                 if let Some(number) = self.reconciler.backend_number(&key, &address) {
                     let load = maps.backend_load.read(number);
-                    traffic.active_connections += load.active;
-                    traffic.inactive_connections += load.inactive;
+                    traffic.active_connections += load.active();
+                    traffic.inactive_connections += load.inactive();
                 }
             }
             views.push(types::Service {
@@ -69,8 +69,8 @@ impl Daemon {
                     Some(number) => {
                         let load = maps.backend_load.read(number);
                         types::Traffic {
-                            active_connections: load.active,
-                            inactive_connections: load.inactive,
+                            active_connections: load.active(),
+                            inactive_connections: load.inactive(),
                             ..traffic(&maps.backend_stats.sum(number)?)
                         }
                     }
@@ -132,8 +132,8 @@ impl Daemon {
             check_duration: None,
             agent: None,
             traffic: types::Traffic {
-                active_connections: load.active,
-                inactive_connections: load.inactive,
+                active_connections: load.active(),
+                inactive_connections: load.inactive(),
                 ..traffic(&maps.backend_stats.sum(number)?)
             },
         })

@@ -119,9 +119,11 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "backend_load" => array(&maps.backend_load, emit, |index, l: Load| {
             json!({
                 "backend": index,
-                "active": l.active,
-                "inactive": l.inactive,
-                "held": l.held,
+                "begun": l.begun,
+                "ended": l.ended,
+                "opened": l.opened,
+                "closed": l.closed,
+                "released": l.released,
                 "weight": l.weight,
                 "max_connections": l.max_connections,
                 "retries": l.retries,

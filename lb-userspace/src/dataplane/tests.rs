@@ -852,7 +852,7 @@ fn maps_are_dumped_by_field() {
     maps.backend_load.store(
         1,
         Load {
-            active: 4,
+            opened: 4,
             ..Load::zeroed()
         },
     );
@@ -897,7 +897,7 @@ fn maps_are_dumped_by_field() {
     assert_eq!(flows[0]["destination_port"], 80);
     assert_eq!(flows[0]["protocol"], "tcp");
     assert_eq!(flows[0]["state"], "ESTABLISHED");
-    assert_eq!(dumped("backend_load")[0]["active"], 4);
+    assert_eq!(dumped("backend_load")[0]["opened"], 4);
     for name in NAMES {
         dumped(name);
     }

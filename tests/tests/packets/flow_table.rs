@@ -66,7 +66,7 @@ fn counted(balancer: &Balancer, family: Family) -> (u64, u64) {
     let flows = balancer.flows(family);
     let clients = flows.iter().filter(|flow| !flow.from_backend).count();
     let load = [1, 2].map(|n| balancer.load_of(n));
-    let sum = load.iter().map(|load| load.active + load.inactive).sum();
+    let sum = load.iter().map(|load| load.recorded()).sum();
     (clients as u64, sum)
 }
 

@@ -309,7 +309,7 @@ fn least_connections_looks_at_a_thousand_backends() {
         };
         maps.backends.store(number, backend);
         let load = Load {
-            held: 5,
+            begun: 5,
             weight: 1,
             ..bytemuck::Zeroable::zeroed()
         };
@@ -330,15 +330,15 @@ fn least_connections_looks_at_a_thousand_backends() {
         .insert(&ServiceKey::new(vip, 80_u16.to_be(), TCP), 1)
         .unwrap();
     for lonely in [1, 2, 600, MANY - 1, MANY] {
-        let held = maps.backend_load.atomic_u64(lonely, 16);
-        held.store(4, std::sync::atomic::Ordering::Relaxed);
+        let begun = maps.backend_load.atomic_u64(lonely, 0);
+        begun.store(4, std::sync::atomic::Ordering::Relaxed);
         let packet = tcp(Family::V4)
             .from(CLIENT, lonely as u16)
             .to(VIP, 80)
             .syn();
         dataplane.test_run(&packet.build(), 1, 1).unwrap();
         assert_eq!(
-            maps.backend_load.read(lonely).held,
+            maps.backend_load.read(lonely).begun,
             5,
             "backend {lonely} held one less than the others"
         );
