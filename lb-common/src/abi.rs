@@ -90,14 +90,17 @@ pub struct Pressure {
     pub begun: u32,
     /// Flows that began while there were too many: see [`Settings::new_flows`].
     pub flows: u64,
+    /// Flows that had to make room for others because the flow table was full.
+    pub displaced: u64,
 }
 
-const _: () = assert!(size_of::<Pressure>() == 16);
+const _: () = assert!(size_of::<Pressure>() == 24);
 
-/// Of several CPUs only the flows add up to something.
+/// Of several CPUs only the flows and the displaced add up to something.
 impl core::ops::AddAssign for Pressure {
     fn add_assign(&mut self, other: Self) {
         self.flows += other.flows;
+        self.displaced += other.displaced;
     }
 }
 

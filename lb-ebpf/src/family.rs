@@ -94,7 +94,7 @@ pub trait Family: Sized {
     /// [`crate::flow::table`]'s subprogram that finds a flow.
     fn find(which: u32) -> Number;
     /// [`crate::flow::table`]'s subprogram that fetches what will be written.
-    fn expect() -> u64;
+    fn expect(directions: u32) -> u64;
     /// [`crate::flow::table`]'s subprogram that adds a flow.
     fn add(which: u32) -> u64;
     /// [`crate::flow::table`]'s subprogram that removes the other half of a flow that had to go.
@@ -271,8 +271,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn expect() -> u64 {
-        flow::expect4()
+    fn expect(directions: u32) -> u64 {
+        flow::expect4(directions)
     }
 
     #[inline(always)]
@@ -630,8 +630,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn expect() -> u64 {
-        flow::expect6()
+    fn expect(directions: u32) -> u64 {
+        flow::expect6(directions)
     }
 
     #[inline(always)]

@@ -321,6 +321,22 @@ impl Snapshot {
             ),
             flows().map(|(labels, map)| (labels, float(map.max_entries))),
         )?;
+        counter(
+            encoder,
+            (
+                "sluice_flows_displaced",
+                "Flows that had to make room for others because the flow table was full",
+            ),
+            [(Vec::new(), status.flows_displaced)],
+        )?;
+        counter(
+            encoder,
+            (
+                "sluice_flows_limited",
+                "Flows that began while more did than may be recorded",
+            ),
+            [(Vec::new(), status.flows_limited)],
+        )?;
         gauge(
             encoder,
             (
@@ -412,6 +428,8 @@ mod tests {
             "sluice_drop_total{reason=\"no_flow\"} 34567",
             "sluice_flows{family=\"ipv4\"} 262144.0",
             "sluice_flows_max{family=\"ipv4\"} 1048576.0",
+            "sluice_flows_displaced_total 12",
+            "sluice_flows_limited_total 3456",
             "sluice_map_pressure{map=\"flows4\"} 0.25",
             "sluice_xdp_attach_mode{interface=\"eth0\",mode=\"driver\"} 1.0",
             "sluice_config_reload_success 1.0",

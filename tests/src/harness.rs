@@ -1261,6 +1261,13 @@ impl Balancer {
         self.get("backend_load", backend)
     }
 
+    /// Flows that had to make room for others, also in tests before this one.
+    #[must_use]
+    pub fn displaced(&self) -> u64 {
+        let of_cpus = self.per_cpu::<abi::Pressure>("pressure", 0);
+        of_cpus.iter().map(|pressure| pressure.displaced).sum()
+    }
+
     /// All flows of a family, sorted.
     #[must_use]
     pub fn flows(&self, family: Family) -> Vec<FlowEntry> {

@@ -186,7 +186,8 @@ fn layouts() -> Vec<Layout> {
             Pressure {
                 window: u32,
                 begun: u32,
-                flows: u64
+                flows: u64,
+                displaced: u64
             }
         ),
         layout!(

@@ -426,8 +426,8 @@ macro_rules! subprograms {
         /// [`table::expect`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $expect() -> u64 {
-            table::expect::<$family>()
+        pub extern "C" fn $expect(directions: u32) -> u64 {
+            table::expect::<$family>(directions)
         }
 
         /// [`table::add`] for one family.

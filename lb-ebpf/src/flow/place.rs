@@ -232,6 +232,9 @@ pub fn record_reply<F: Family>() -> Decision {
         return NOT_OURS;
     };
     if !forward::translates(work.reply.forward) {
+        if work.recording != 0 {
+            F::expect(1);
+        }
         return FOLLOW;
     }
     let client = &work.arrival.key;
@@ -289,7 +292,7 @@ pub fn record_reply<F: Family>() -> Decision {
         if !taken {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
             let added = if work.opening == 0 {
-                F::expect();
+                F::expect(2);
                 table::insert::<F>(table::REPLY)
             } else {
                 let only_new = u64::from(BPF_NOEXIST);
@@ -341,7 +344,7 @@ pub fn record_client<F: Family>() -> Decision {
         && let Some(cursor) = maps::CURSORS.get_ptr_mut(number)
     {
         // SAFETY: a map value, aligned to 8 bytes.
-        unsafe { atomic::fetch_add(&raw mut (*cursor).recorded, 1) };
+        unsafe { atomic::increment(&raw mut (*cursor).recorded) };
     }
     let added = if work.opening == 0 {
         table::insert::<F>(table::ARRIVAL)

@@ -204,16 +204,20 @@ pub fn find<F: Family>(which: u32) -> Number {
     anywhere::<F>(home, sets, key, NONE)
 }
 
-/// Has the processor fetch the entries that the keys of a new flow will most probably have, both at
-/// once: each is a wait for memory.
+/// Has the processor fetch the entries that a new flow will have, in one direction or both, all at once: each is a
+/// wait for memory, and as long a one when it is written to.
 #[inline(always)]
-pub fn expect<F: Family>() -> u64 {
+pub fn expect<F: Family>(directions: u32) -> u64 {
     let Some(work) = F::work() else {
         return 0;
     };
     for which in [ARRIVAL, REPLY] {
-        if let Some((home, sets)) = home::<F>(sought(work, which)) {
-            fetch::<F>(number(home.first(sets), home.way()));
+        if which < directions
+            && let Some((home, sets)) = home::<F>(sought(work, which))
+        {
+            let (set, tags) = roomier::<F>(home, sets);
+            let way = free_way(tags, home).unwrap_or(home.way());
+            fetch::<F>(number(set, way));
         }
     }
     0
@@ -370,28 +374,43 @@ const TAKEN: u64 = 1;
 /// Other CPUs were faster, again and again.
 const OVERTAKEN: u64 = 2;
 
+/// The set that a new key goes into, and its tags.
+#[inline(always)]
+fn roomier<F: Family>(home: Home, sets: u32) -> (u32, Tags) {
+    let first = home.first(sets);
+    let tags_of_first = tags::<F>(first);
+    if tags_of_first.free() <= WAYS - CROWDED {
+        let second = home.second(sets);
+        let tags = tags::<F>(second);
+        if tags.free() > tags_of_first.free() {
+            return (second, tags);
+        }
+    }
+    (first, tags_of_first)
+}
+
+/// The free entry of a set that a new key takes.
+#[inline(always)]
+fn free_way(tags: Tags, home: Home) -> Option<u32> {
+    let free = tags.marks(0);
+    if free == 0 {
+        return None;
+    }
+    let at_home = free & Tags::at(home.way(), 0x80) != 0;
+    Some(if at_home {
+        home.way()
+    } else {
+        Tags::first(free)
+    })
+}
+
 /// Takes a free entry for a key and leaves its number in `work.number`.
 #[inline(always)]
 fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> u64 {
     for _ in 0..TRIES {
-        let mut set = home.first(sets);
-        let mut before = tags::<F>(set);
-        if before.free() <= WAYS - CROWDED {
-            let second = home.second(sets);
-            let tags = tags::<F>(second);
-            if tags.free() > before.free() {
-                (set, before) = (second, tags);
-            }
-        }
-        let free = before.marks(0);
-        if free == 0 {
+        let (set, before) = roomier::<F>(home, sets);
+        let Some(way) = free_way(before, home) else {
             return FULL;
-        }
-        let at_home = free & Tags::at(home.way(), 0x80) != 0;
-        let way = if at_home {
-            home.way()
-        } else {
-            Tags::first(free)
         };
         let after = before.0 | Tags::at(way, home.tag());
         // SAFETY: a word of a map value, aligned to 8 bytes, and a field of this CPU's desk.
@@ -427,6 +446,9 @@ fn displace<F: Family>(
     unsafe {
         if !atomic::replace_u64(ports_of(entry), ports, CLAIMED) {
             return false;
+        }
+        if let Some(pressure) = maps::PRESSURE.get_ptr_mut(0) {
+            (*pressure).displaced += 1;
         }
         let flow = &(*entry).flow;
         count_end(flow.direction, flow.backend, flow.generation, flow.state);

@@ -161,6 +161,8 @@ pub(crate) fn status() -> types::Status {
                 max_entries: 4096,
             },
         ],
+        flows_displaced: 12,
+        flows_limited: 3456,
         services: 2,
         backends_up: 2,
         backends_total: 3,

@@ -69,6 +69,15 @@ fn show(status: &types::Status, wide: bool, colour: bool) -> String {
         paint(&backends, health, colour)
     );
 
+    if status.flows_displaced != 0 {
+        let displaced = format!(
+            "{} flows had to make room; limits.flows is too small",
+            count(status.flows_displaced)
+        );
+        let displaced = paint(&displaced, Some(Colour::Yellow), colour);
+        let _ = writeln!(text, "Flow table: {displaced}");
+    }
+
     let mut interfaces = Table::new(["Interface", "Mode"]);
     for interface in &status.interfaces {
         // Works, but costs a socket buffer for each packet.
@@ -144,6 +153,7 @@ sluice 0.1.0, pid 4711, up 1h2m
 Configuration: /etc/sluice/sluice.toml
 Data plane: taken over from an earlier daemon
 Health: 2 services, 2 of 3 backends up
+Flow table: 12 flows had to make room; limits.flows is too small
 
 Interface  Mode
 eth0       driver

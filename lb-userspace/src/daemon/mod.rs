@@ -10,6 +10,7 @@ mod control;
 mod hook;
 mod probes;
 mod start;
+mod told;
 mod traffic;
 mod views;
 
@@ -52,6 +53,7 @@ use tracing::{debug, error, info, warn};
 pub use start::run;
 
 use probes::Probes;
+use told::Told;
 
 /// Shortest time from one sweep of the flow tables to the next.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -61,8 +63,6 @@ const TICK: Duration = Duration::from_millis(100);
 const SWEEP_SHARE: u32 = 10;
 /// How long the flows of a backend that was removed from the configuration may go on.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
-/// Shortest time between two warnings of the same kind about packets.
-const WARN_INTERVAL: Duration = Duration::from_secs(10);
 /// Events that are taken before the maps are reconciled.
 const BATCH: usize = 4096;
 
@@ -92,10 +92,12 @@ struct Daemon {
     dirty: HashSet<ServiceKey>,
     /// Since when backends that were removed wait for their flows.
     retiring: HashMap<(ServiceKey, SocketAddr), Instant>,
-    /// Drops of the kinds that are warned of, and when.
-    warned: HashMap<DropReason, (u64, Option<Instant>)>,
-    /// Flows that began under pressure, and when that was warned of.
-    pressed: Option<(u64, Option<Instant>)>,
+    /// Drops of the kinds that are warned of.
+    warned: HashMap<DropReason, Told>,
+    /// Flows that began under pressure.
+    limited: Told,
+    /// Flows that had to make room.
+    displaced: Told,
     started: Instant,
     /// Why the last reload was refused, if it was.
     reload_error: Option<String>,
@@ -912,32 +914,29 @@ impl Daemon {
             let Ok(count) = self.dataplane.maps.drops.sum(reason as u32) else {
                 continue;
             };
-            let (before, at) = self.warned.get(&reason).copied().unwrap_or((count, None));
-            if count > before && at.is_none_or(|at| at.elapsed() >= WARN_INTERVAL) {
-                let new = count - before;
+            let told = self.warned.entry(reason).or_default();
+            if let Some(new) = told.news(count, Instant::now()) {
                 warn!("{new} packets dropped: {}; {remedy}", reason.name());
-                self.warned.insert(reason, (count, Some(Instant::now())));
-            } else {
-                self.warned.entry(reason).or_insert((count, None));
             }
         }
     }
 
-    /// Warns of new flows that came faster than the CPUs may record them.
+    /// Warns of new flows that came faster than the CPUs may record them, and of those that had to make room.
     fn warn_of_pressure(&mut self) {
         let Ok(pressure) = self.dataplane.maps.pressure.sum(0) else {
             return;
         };
-        let (before, at) = self.pressed.unwrap_or((pressure.flows, None));
-        if pressure.flows > before && at.is_none_or(|at| at.elapsed() >= WARN_INTERVAL) {
+        let now = Instant::now();
+        if let Some(new) = self.limited.news(pressure.flows, now) {
             warn!(
-                "{} new flows came faster than limits.new_flows_per_cpu; connections that live are \
-                 not affected",
-                pressure.flows - before
+                "{new} new flows came faster than limits.new_flows_per_cpu; connections that live are \
+                 not affected"
             );
-            self.pressed = Some((pressure.flows, Some(Instant::now())));
-        } else {
-            self.pressed = Some((before, at));
+        }
+        if let Some(new) = self.displaced.news(pressure.displaced, now) {
+            warn!(
+                "the flow table was full: {new} flows had to make room for others; raise limits.flows"
+            );
         }
     }
 

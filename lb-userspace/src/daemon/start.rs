@@ -5,6 +5,7 @@ use super::{
     control::Handle,
     hook::{self, Hook},
     probes::Probes,
+    told::Told,
 };
 use crate::{
     api::server::Server,
@@ -150,7 +151,8 @@ async fn prepare(
         dirty: HashSet::new(),
         retiring: HashMap::new(),
         warned: HashMap::new(),
-        pressed: None,
+        limited: Told::default(),
+        displaced: Told::default(),
         started,
         reload_error: None,
         ended: false,

@@ -156,6 +156,7 @@ impl Daemon {
     pub(super) fn status_view(&self) -> Result<types::Status> {
         let backends = || self.model.backends().map(|(_, backend)| backend);
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let pressure = self.dataplane.maps.pressure.sum(0)?;
         Ok(types::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -184,6 +185,8 @@ impl Daemon {
                 })
                 .collect(),
             maps: Vec::new(),
+            flows_displaced: pressure.displaced,
+            flows_limited: pressure.flows,
             services: count(self.model.services().len()),
             backends_up: count(backends().filter(|b| b.state() == State::Up).count()),
             backends_total: count(backends().count()),

@@ -86,6 +86,7 @@ fn assert_whole(flows: &[FlowEntry]) {
 fn a_flood_of_syns_pushes_out_its_own_and_no_connection() {
     for family in Family::BOTH {
         let mut balancer = balancer(family, TCP, forward::NAT, 2);
+        let before = balancer.displaced();
         // Six entries, so that even if all are in one set that has room for two more.
         let connections: Vec<_> = (0..3).map(|n| connect(&mut balancer, family, n)).collect();
         // Ten minutes ago.
@@ -108,6 +109,12 @@ fn a_flood_of_syns_pushes_out_its_own_and_no_connection() {
         assert!(flows.len() <= PLACES, "{}", flows.len());
         assert!(flows.len() > PLACES / 2, "{}", flows.len());
         assert_whole(&flows);
+        let displaced = balancer.displaced() - before;
+        assert_eq!(
+            displaced,
+            3 + 500 - flows.len() as u64 / 2,
+            "those who had to go"
+        );
         let (clients, counted) = counted(&balancer, family);
         assert_eq!(clients, counted, "who had to go is not counted any more");
     }
@@ -118,6 +125,7 @@ fn of_equals_the_one_that_was_silent_longest_goes() {
     for family in Family::BOTH {
         // One entry for each flow, and one set.
         let mut balancer = balancer(family, UDP, forward::DSR, 1);
+        let before = balancer.displaced();
         for n in 0..8 {
             balancer.run_uncounted(&from_client(family, UDP, n).build());
             balancer.age_flows(200);
@@ -126,6 +134,7 @@ fn of_equals_the_one_that_was_silent_longest_goes() {
         balancer.run_uncounted(&from_client(family, UDP, 0).build());
         for (n, gone) in [(8, 1), (9, 2)] {
             balancer.run_uncounted(&from_client(family, UDP, n).build());
+            assert_eq!(balancer.displaced() - before, u64::from(n) - 7);
             let sources: BTreeSet<_> = balancer.flows(family).iter().map(|f| f.src.0).collect();
             assert_eq!(sources.len(), 8);
             assert!(!sources.contains(&client(family, gone)), "{gone} had to go");

@@ -59,8 +59,11 @@ struct Size {
     packets: u32,
     /// Of flows that are established or never recorded: so many that it hardly counts that a call begins with empty caches.
     established: u32,
-    /// Of new flows beside those in the table.
+    /// Of new flows: in an empty table so many that it hardly counts that a call begins with empty caches, beside
+    /// others so few that all rounds together leave it room.
     new: u32,
+    /// See [`Size::new`].
+    new_beside: u32,
     /// Room for flows; a `nat` connection takes two.
     room: u32,
     /// Numbers of established flows; the largest is what the table holds.
@@ -73,7 +76,8 @@ const FULL: Size = Size {
     rounds: 5,
     packets: 100_000,
     established: 1_000_000,
-    new: 10_000,
+    new: 100_000,
+    new_beside: 10_000,
     room: 1_310_720,
     flows: &[1, 1 << 16, 1 << 19],
     services: &[1, 16, 256, 4096],
@@ -84,7 +88,8 @@ const QUICK: Size = Size {
     rounds: 3,
     packets: 40_000,
     established: 400_000,
-    new: 5_000,
+    new: 20_000,
+    new_beside: 5_000,
     room: 196_608,
     flows: &[1, 1 << 16],
     services: &[1, 4096],
@@ -639,25 +644,26 @@ impl Bench {
         let balancer = self.balancer(&[plan, filler])?;
         let [empty, with_flows, full] = stages;
         if !empty.is_empty() {
-            let mut cases = self.cases(group, empty);
+            let mut cases = self.cases(group, empty, self.size.new);
             cases.iter_mut().for_each(|case| case.clears = true);
             self.rounds(Some(&balancer), group.family, cases)?;
         }
         if !with_flows.is_empty() {
             let flows = self.size.flows.last().copied().unwrap_or(1);
             self.establish(group, &balancer, flows, 0)?;
-            let cases = self.cases(group, with_flows);
+            let cases = self.cases(group, with_flows, self.size.new_beside);
             self.rounds(Some(&balancer), group.family, cases)?;
         }
         if !full.is_empty() {
             self.fill(group)?;
-            let cases = self.cases(group, full);
+            let cases = self.cases(group, full, self.size.new);
             self.rounds(Some(&balancer), group.family, cases)?;
         }
         Ok(())
     }
 
-    fn cases(&self, group: &Group, named: Vec<(String, What)>) -> Vec<Case> {
+    /// These cases; `new` is how many flows begin in a round where they are recorded.
+    fn cases(&self, group: &Group, named: Vec<(String, What)>, new: u32) -> Vec<Case> {
         let size = self.size;
         let case = |(name, what): (String, What)| {
             let first = |counts| Case::new(&name, &group.frame(SYN, 0), group.forwarded(counts));
@@ -698,7 +704,7 @@ impl Bench {
                     case.stamp.first = NEW;
                     // What is not recorded does not fill the table.
                     let recorded = !balancer::is_stateless(group.forward, group.scheduler);
-                    case.packets = if recorded { size.new } else { size.established };
+                    case.packets = if recorded { new } else { size.established };
                 }
                 What::NewInFull => case.stamp.first = NEW_IN_FULL,
                 What::SynFlood => case.stamp.first = SYN_FLOOD,
