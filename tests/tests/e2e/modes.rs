@@ -2,7 +2,10 @@
 //! `docs/forward-modes.md` says.
 
 use crate::support::{KeptConnection, QUICK_HEALTH, UdpEcho, get, vips};
-use sluice_tests::topology::{Options, Topology, VIP4, VIP6, sluice_bin, url, wait_until};
+use sluice_tests::{
+    backends::{decapsulate, hold_the_vips, ip, route_through_the_balancer},
+    topology::{Options, Topology, url, wait_until},
+};
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
@@ -45,41 +48,6 @@ fn address(net: &Topology, host: &str, vip: IpAddr) -> IpAddr {
         IpAddr::V4(_) => net.v4(host).into(),
         IpAddr::V6(_) => net.v6(host).into(),
     }
-}
-
-#[track_caller]
-pub fn ip(net: &Topology, host: &str, args: &[&str]) {
-    net.run(host, "ip", args).ok();
-}
-
-/// What a backend needs in `dnat`: a way back to the clients that leads through the balancer.
-fn route_through_the_balancer(net: &Topology, host: &str, balancer: (Ipv4Addr, Ipv6Addr)) {
-    let (v4, v6) = (balancer.0.to_string(), balancer.1.to_string());
-    ip(net, host, &["route", "add", "default", "via", &v4]);
-    ip(net, host, &["-6", "route", "add", "default", "via", &v6]);
-}
-
-/// What a backend needs in the other modes: the VIPs, without answering ARP for them.
-pub fn hold_the_vips(net: &Topology, host: &str) {
-    for vip in [format!("{VIP4}/32"), format!("{VIP6}/128")] {
-        ip(net, host, &["addr", "add", &vip, "dev", "lo"]);
-    }
-    for setting in ["arp_ignore=1", "arp_announce=2"] {
-        let setting = format!("net.ipv4.conf.all.{setting}");
-        net.run(host, "sysctl", &["-w", &setting]).ok();
-    }
-}
-
-pub fn decapsulate(net: &Topology, host: &str) {
-    let label = format!("decap-{host}");
-    let mut command = net.command(host, sluice_bin());
-    command.args(["decap", "eth0"]);
-    let pid = net.spawn(&label, command);
-    wait_until("decap to be attached", || {
-        assert_eq!(net.exit_code(pid), None, "{}", net.log(&label));
-        let link = net.run(host, "ip", &["link", "show", "eth0"]).ok();
-        link.contains("xdp")
-    });
 }
 
 /// The client in a network of its own, behind the balancer's segment.

@@ -1,11 +1,11 @@
 //! Health checks that take the traffic's way, as `docs/health-checks.md` says.
 
-use crate::{
-    modes::{decapsulate, hold_the_vips, ip},
-    support::QUICK_HEALTH,
-};
+use crate::support::QUICK_HEALTH;
 use serde_json::Value;
-use sluice_tests::topology::{Options, Topology, VIP4, VIP6, wait_until};
+use sluice_tests::{
+    backends::{decapsulate, hold_the_vips, ip},
+    topology::{Options, Topology, VIP4, VIP6, wait_until},
+};
 use std::{fmt::Write as _, net::SocketAddr};
 
 /// Where nginx listens: nothing of the packet is rewritten.

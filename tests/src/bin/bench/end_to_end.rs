@@ -3,7 +3,10 @@
 use crate::{Choice, cpu, live, need_sluice, plot, progress, report::Report};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use sluice_tests::topology::{Options, Topology, VIP4, sluice_bin, wait_until};
+use sluice_tests::{
+    backends::hold_the_vips,
+    topology::{Options, Topology, VIP4, sluice_bin, wait_until},
+};
 use std::{collections::BTreeSet, fmt::Write as _, fs, net::SocketAddr, path::PathBuf};
 
 /// The backends' port, and the VIP's: `dsr` translates none.
@@ -183,12 +186,7 @@ impl Net {
         let servers = BACKENDS.map(|host| topology.nginx(host)).to_vec();
         for host in BACKENDS {
             // What `dsr` needs; it disturbs nobody else.
-            let vip = format!("{VIP4}/32");
-            topology
-                .run(host, "ip", &["addr", "add", &vip, "dev", "lo"])
-                .ok();
-            sysctl(&topology, host, "net.ipv4.conf.all.arp_ignore=1");
-            sysctl(&topology, host, "net.ipv4.conf.all.arp_announce=2");
+            hold_the_vips(&topology, host);
         }
         sysctl(&topology, "lb", "net.ipv4.ip_forward=1");
         // Client and servers share a segment: the kernel would tell them so.
