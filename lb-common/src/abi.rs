@@ -90,7 +90,7 @@ pub struct Pressure {
     pub begun: u32,
     /// Flows that began while there were too many: see [`Settings::new_flows`].
     pub flows: u64,
-    /// Flows that had to make room for others because the flow table was full.
+    /// Established connections and UDP flows that had to make room for others: see [`crate::flow_table::is_live`].
     pub displaced: u64,
 }
 

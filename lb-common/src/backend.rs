@@ -161,7 +161,8 @@ impl Load {
         difference(self.begun, self.ended)
     }
 
-    /// Of these, those that neither side has begun to close: what the backend has to carry.
+    /// Connections that neither side has begun to close, what the backend has to carry, from the counters of that
+    /// name.
     #[inline(always)]
     #[must_use]
     pub const fn held(begun: u64, released: u64) -> u64 {

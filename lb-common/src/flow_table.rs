@@ -234,6 +234,17 @@ pub const fn expendable<A>(flow: &Flow<A>, age: u32) -> u64 {
     (age as u64 + 1) << (2 * (SHIFTS >> (4 * (state & 7)) & 15))
 }
 
+/// Whether somebody will miss the flow of an entry: an established connection, or a UDP flow.
+#[inline(always)]
+#[must_use]
+pub const fn is_live<A>(flow: &Flow<A>) -> bool {
+    if flow.direction == DIRECTION_BACKEND {
+        flow.proven != 0
+    } else {
+        state::is_active(flow.state)
+    }
+}
+
 /// Half the powers of two for [`expendable`], by state, four bits each: half open 2^20, half closed
 /// 2^12, closed 2^24.
 const SHIFTS: u32 = {
@@ -395,6 +406,9 @@ mod tests {
         let established = expendable(&client(state::ESTABLISHED), 1000);
         assert!(established > expendable(&client(state::ESTABLISHED), 999));
         assert_eq!(established, expendable(&reply(1), 1000));
+        assert!(is_live(&reply(1)) && !is_live(&reply(0)));
+        assert!(is_live(&client(state::ESTABLISHED)) && is_live(&client(state::UDP)));
+        assert!(!is_live(&client(state::SYN_RECEIVED)) && !is_live(&client(state::TIME_WAIT)));
         assert_eq!(established, expendable(&client(state::UDP), 1000));
         for half_open in [
             client(state::SYN_SENT),

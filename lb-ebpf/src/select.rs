@@ -114,6 +114,7 @@ fn next_turn(service: u32, slots: u32) -> Option<u32> {
 fn share(load: &Load) -> (u64, u32) {
     // SAFETY: a live map value, which other CPUs and the daemon change.
     unsafe {
+        // First: what ends in between then counts as held, and the difference is never below zero.
         let released = (&raw const load.released).read_volatile();
         let begun = (&raw const load.begun).read_volatile();
         let weight = (&raw const load.weight).read_volatile();

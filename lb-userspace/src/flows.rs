@@ -99,6 +99,13 @@ impl Patience {
     }
 }
 
+/// A backend by its number, and by the generation that tells it from others who had it before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Owner {
+    number: u32,
+    generation: u16,
+}
+
 /// Connections of one backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
@@ -224,6 +231,9 @@ struct Gathered<'a> {
     looks: &'a mut StdHashMap<u32, Look>,
 }
 
+/// Ticks within which a flow has begun that a sweep need not know the service of.
+const FRESH: u32 = 2 * lb_common::abi::TICKS_PER_SECOND;
+
 /// Ticks between two notes that a client still has flows.
 const AFFINITY_INTERVAL: u32 = 953;
 
@@ -321,7 +331,7 @@ pub struct Flows {
     affinity4: HashMap<ClientKey<u32>, Affinity>,
     affinity6: HashMap<ClientKey<[u32; 4]>, Affinity>,
     /// By how much the counts of each backend were wrong in the sweep before.
-    drift: StdHashMap<u32, Counts>,
+    drift: StdHashMap<Owner, Counts>,
 }
 
 impl Flows {
@@ -404,7 +414,12 @@ impl Flows {
         let mut halves = Vec::new();
         table.sweep(|key, flow| {
             let idle = timeouts.idle.get(&flow.service).copied();
-            let belongs = idle.is_some() && self.belongs(flow);
+            let has_backend = self.belongs(flow);
+            if idle.is_none() && has_backend && ticks_since(now, flow.created) < FRESH {
+                // Perhaps of a service that has come since the sweep began.
+                return;
+            }
+            let belongs = idle.is_some() && has_backend;
             let silent = ticks_since(now, flow.last_seen);
             if flow.direction == DIRECTION_BACKEND {
                 // Its client's entry ends it. Looked at only if nothing came for longer than that
@@ -498,7 +513,10 @@ impl Flows {
         let mut over = Vec::new();
         opening.iter_batches(|key, flow| {
             sweep.flows += u64::from(flow.direction != DIRECTION_BACKEND);
-            let belongs = timeouts.idle.contains_key(&flow.service) && self.belongs(flow);
+            // As in `sweep_table`.
+            let known =
+                timeouts.idle.contains_key(&flow.service) || ticks_since(now, flow.created) < FRESH;
+            let belongs = known && self.belongs(flow);
             // UDP has shown no more than one packet.
             let limit = timeouts
                 .patience
@@ -571,25 +589,37 @@ impl Flows {
         backend.service == flow.service && u32::from(backend.generation) == flow.generation
     }
 
-    /// The counters of all backends' connections, by number.
-    fn loads(&self) -> Vec<Load> {
-        (0..self.load.len())
-            .map(|number| self.load.read(number))
+    /// The counters of each backend's connections.
+    fn loads(&self) -> Vec<(Owner, Load)> {
+        let owners = (1..self.load.len()).filter_map(|number| self.owner(number));
+        owners
+            .map(|owner| (owner, self.load.read(owner.number)))
             .collect()
+    }
+
+    /// Who has a number now.
+    fn owner(&self, number: u32) -> Option<Owner> {
+        let backend = self.backends.read(number);
+        (backend.service != 0).then_some(Owner {
+            number,
+            generation: backend.generation,
+        })
     }
 
     /// Corrects what has been wrong in two sweeps in a row. One alone proves little: a CPU writes an
     /// entry and its backend's counters one after the other.
     fn correct(
         &mut self,
-        before: &[Load],
+        before: &[(Owner, Load)],
         seen: &StdHashMap<u32, Counts>,
         removed: &StdHashMap<u32, Counts>,
         sweep: &mut Sweep,
     ) {
         let mut drifts = StdHashMap::new();
-        for (number, before) in (0..).zip(before).skip(1) {
-            if self.backends.read(number).service == 0 {
+        for (owner, before) in before {
+            let number = owner.number;
+            // Another one's counters begin at zero.
+            if self.owner(number) != Some(*owner) {
                 continue;
             }
             let of =
@@ -598,38 +628,41 @@ impl Flows {
             if drift == Counts::default() {
                 continue;
             }
-            let step = repeated(drift, of(&self.drift));
-            let more = correction(step);
-            self.add(number, offset_of!(Load, begun), more.begun);
-            self.add(number, offset_of!(Load, ended), more.ended);
-            self.add(number, offset_of!(Load, opened), more.opened);
-            self.add(number, offset_of!(Load, closed), more.closed);
-            self.add(number, offset_of!(Load, released), more.released);
+            let step = repeated(drift, self.drift.get(owner).copied().unwrap_or_default());
+            self.add_all(number, &correction(step));
             sweep.drift += step.recorded.unsigned_abs()
                 + step.active.unsigned_abs()
                 + step.held.unsigned_abs();
-            drifts.insert(number, drift.with(step, |drift, step| drift - step));
+            drifts.insert(*owner, drift.with(step, |drift, step| drift - step));
         }
         self.drift = drifts;
     }
 
     /// Counts that a flow is recorded no more.
     fn count_end<A>(&self, flow: &Flow<A>) {
-        self.add(flow.backend, offset_of!(Load, ended), 1);
-        if state::is_active(flow.state) {
-            self.add(flow.backend, offset_of!(Load, closed), 1);
-        }
-        if state::is_held(flow.state) {
-            self.add(flow.backend, offset_of!(Load, released), 1);
-        }
+        let end = Load {
+            ended: 1,
+            closed: state::is_active(flow.state).into(),
+            released: state::is_held(flow.state).into(),
+            ..bytemuck::Zeroable::zeroed()
+        };
+        self.add_all(flow.backend, &end);
     }
 
-    /// Adds to the counter of a backend's [`Load`] at this offset.
-    fn add(&self, backend: u32, offset: usize, change: u64) {
-        if change != 0 {
-            self.load
-                .atomic_u64(backend, offset)
-                .fetch_add(change, Ordering::Relaxed);
+    /// Adds to the counters of a backend's connections.
+    fn add_all(&self, backend: u32, more: &Load) {
+        for (offset, more) in [
+            (offset_of!(Load, begun), more.begun),
+            (offset_of!(Load, ended), more.ended),
+            (offset_of!(Load, opened), more.opened),
+            (offset_of!(Load, closed), more.closed),
+            (offset_of!(Load, released), more.released),
+        ] {
+            if more != 0 {
+                self.load
+                    .atomic_u64(backend, offset)
+                    .fetch_add(more, Ordering::Relaxed);
+            }
         }
     }
 
@@ -899,6 +932,29 @@ mod tests {
             proven_drift(counts(1), &load(7, 7), &load(8, 8), none),
             none
         );
+    }
+
+    #[test]
+    fn each_count_has_changes_of_its_own() {
+        let before: Load = bytemuck::Zeroable::zeroed();
+        // Eight came, one went; three opened, of which two closed; four were released.
+        let after = Load {
+            begun: 8,
+            ended: 1,
+            opened: 3,
+            closed: 2,
+            released: 4,
+            ..before
+        };
+        let (nothing, seen) = (counts(0), |recorded, active, held| Counts {
+            recorded,
+            active,
+            held,
+        });
+        assert_eq!(Counts::counted(&after), seen(7, 1, 4));
+        assert_eq!(Counts::changes(&before, &after), seen(9, 5, 12));
+        let drift = proven_drift(seen(17, -5, 17), &before, &after, nothing);
+        assert_eq!(drift, seen(1, -1, 1));
     }
 
     #[test]

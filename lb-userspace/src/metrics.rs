@@ -325,7 +325,7 @@ impl Snapshot {
             encoder,
             (
                 "sluice_flows_displaced",
-                "Flows that had to make room for others because the flow table was full",
+                "Established connections and UDP flows that had to make room for others in the flow table",
             ),
             [(Vec::new(), status.flows_displaced)],
         )?;

@@ -1261,7 +1261,7 @@ impl Balancer {
         self.get("backend_load", backend)
     }
 
-    /// Flows that had to make room for others, also in tests before this one.
+    /// Established connections and UDP flows that had to make room for others, also in tests before this one.
     #[must_use]
     pub fn displaced(&self) -> u64 {
         let of_cpus = self.per_cpu::<abi::Pressure>("pressure", 0);

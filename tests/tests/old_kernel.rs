@@ -3,7 +3,7 @@
 
 use sluice_tests::topology::sluice_bin;
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
@@ -96,19 +96,21 @@ fn emulator() -> Option<Command> {
     const PROGRAM: &str = "qemu-system-x86_64";
     let mut command = Command::new("timeout");
     command.args(["--kill-after", "5", "240"]);
-    let unpacked = std::env::var_os("SLUICE_EMULATOR").map(PathBuf::from);
-    if let Some(folder) = unpacked.filter(|folder| folder.join("usr/bin").join(PROGRAM).is_file()) {
-        let libraries = ["usr/lib", "lib"].map(|at| folder.join(at).join("x86_64-linux-gnu"));
-        command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).ok()?);
-        command.arg(folder.join("usr/bin").join(PROGRAM));
-        for data in ["usr/share/qemu", "usr/share/seabios"] {
-            command.arg("-L").arg(folder.join(data));
-        }
+    if Command::new(PROGRAM).arg("--version").output().is_ok() {
+        command.arg(PROGRAM);
         return Some(command);
     }
-    let is_there = Command::new(PROGRAM).arg("--version").output().is_ok();
-    command.arg(PROGRAM);
-    is_there.then_some(command)
+    let folder = std::env::var_os("SLUICE_EMULATOR").map(PathBuf::from)?;
+    let program = folder.join("usr/bin").join(PROGRAM);
+    let libraries = ["usr/lib", "lib"].map(|at| folder.join(at).join("x86_64-linux-gnu"));
+    let mut path = OsString::from("LD_LIBRARY_PATH=");
+    path.push(std::env::join_paths(libraries).ok()?);
+    // For the emulator alone.
+    command.arg("env").arg(path).arg(&program);
+    for data in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(folder.join(data));
+    }
+    program.is_file().then_some(command)
 }
 
 /// The files of the machine: the binary with its libraries, a shell, and modules of the kernel. The name

@@ -74,7 +74,7 @@ pub fn ensure() -> Result<()> {
 fn fetch(what: &str, folder: &Path, download: impl FnOnce(&Path) -> Result<()>) {
     let fetched = timed(&format!("fetching {what}, for a test only"), || {
         let downloads = folder.with_extension("deb");
-        let _ = fs::remove_dir_all(&downloads);
+        remove(&downloads)?;
         fs::create_dir_all(&downloads).with_context(|| downloads.display().to_string())?;
         download(&downloads)?;
         // Beside its place first: one that is half unpacked is none.
@@ -88,11 +88,19 @@ fn fetch(what: &str, folder: &Path, download: impl FnOnce(&Path) -> Result<()>) 
         }
         let _ = fs::remove_dir_all(folder);
         fs::rename(&half, folder).with_context(|| folder.display().to_string())?;
-        run(as_root("rm")?.arg("-rf").arg(&downloads))
+        remove(&downloads)
     });
     if let Err(error) = fetched {
         eprintln!("setup: {error:#}; the test on an older kernel is left out");
     }
+}
+
+/// Removes a folder, in which apt-get may have left what is root's.
+fn remove(folder: &Path) -> Result<()> {
+    if !folder.exists() || fs::remove_dir_all(folder).is_ok() {
+        return Ok(());
+    }
+    run(as_root("rm")?.arg("-rf").arg(folder))
 }
 
 /// The package that `apt-cache depends` says the newest kernel is in.

@@ -177,7 +177,7 @@ const NEEDS: &[Need] = &[
     },
     Need {
         groups: &[Group::Tests],
-        why: "what a machine in an emulator is made of: an older kernel",
+        why: "what a machine in an emulator is made with, for the test on an older kernel",
         is_there: || {
             let all = ["busybox", "cpio", "ldd"];
             all.iter().all(|program| find(program).is_some())

@@ -10,7 +10,8 @@ use lb_common::{
     addr::Address,
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
     flow_table::{
-        CLAIMED, CROWDED, DISPLACED, Entry, Home, KeyWords, Tags, WAYS, expendable, ports_offset,
+        self, CLAIMED, CROWDED, DISPLACED, Entry, Home, KeyWords, Tags, WAYS, expendable,
+        ports_offset,
     },
     service::forward,
 };
@@ -447,10 +448,12 @@ fn displace<F: Family>(
         if !atomic::replace_u64(ports_of(entry), ports, CLAIMED) {
             return false;
         }
-        if let Some(pressure) = maps::PRESSURE.get_ptr_mut(0) {
+        let flow = &(*entry).flow;
+        if flow_table::is_live(flow)
+            && let Some(pressure) = maps::PRESSURE.get_ptr_mut(0)
+        {
             (*pressure).displaced += 1;
         }
-        let flow = &(*entry).flow;
         count_end(flow.direction, flow.backend, flow.generation, flow.state);
         // Whoever has an entry is alone in changing its tag, but for a daemon that takes it for forgotten.
         let way = place % WAYS;

@@ -189,7 +189,8 @@ pub struct Status {
     pub programs: Vec<ProgramStatus>,
     /// Maps in the kernel.
     pub maps: Vec<MapStatus>,
-    /// Flows that had to make room for others since the data plane was loaded, because the flow table was full.
+    /// Established connections and UDP flows that had to make room for others in the flow table, since the data plane
+    /// was loaded.
     pub flows_displaced: u64,
     /// Flows that began while more did than `limits.new_flows_per_cpu` allows to be recorded.
     pub flows_limited: u64,

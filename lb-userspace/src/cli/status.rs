@@ -71,7 +71,7 @@ fn show(status: &types::Status, wide: bool, colour: bool) -> String {
 
     if status.flows_displaced != 0 {
         let displaced = format!(
-            "{} flows had to make room; limits.flows is too small",
+            "{} connections had to make room for others since it was made",
             count(status.flows_displaced)
         );
         let displaced = paint(&displaced, Some(Colour::Yellow), colour);
@@ -153,7 +153,7 @@ sluice 0.1.0, pid 4711, up 1h2m
 Configuration: /etc/sluice/sluice.toml
 Data plane: taken over from an earlier daemon
 Health: 2 services, 2 of 3 backends up
-Flow table: 12 flows had to make room; limits.flows is too small
+Flow table: 12 connections had to make room for others since it was made
 
 Interface  Mode
 eth0       driver

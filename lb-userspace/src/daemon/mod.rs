@@ -96,7 +96,7 @@ struct Daemon {
     warned: HashMap<DropReason, Told>,
     /// Flows that began under pressure.
     limited: Told,
-    /// Flows that had to make room.
+    /// Connections that had to make room.
     displaced: Told,
     started: Instant,
     /// Why the last reload was refused, if it was.
@@ -935,7 +935,8 @@ impl Daemon {
         }
         if let Some(new) = self.displaced.news(pressure.displaced, now) {
             warn!(
-                "the flow table was full: {new} flows had to make room for others; raise limits.flows"
+                "{new} connections had to make room for others in the flow table; raise limits.flows, or lower \
+                 limits.new_flows_per_cpu if it is a flood"
             );
         }
     }

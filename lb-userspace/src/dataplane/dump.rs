@@ -102,7 +102,11 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
             emit,
             |_, tick: u32| json!({"tick": tick}),
         ),
-        "pressure" => counters(&maps.pressure, emit, |_, p| json!({"flows": p.flows})),
+        "pressure" => counters(
+            &maps.pressure,
+            emit,
+            |_, p| json!({"flows": p.flows, "displaced": p.displaced}),
+        ),
         "fragments4" => hash(&maps.fragments4, emit, |key, datagram| {
             let id = u16::from_ne_bytes([key.id.to_ne_bytes()[0], key.id.to_ne_bytes()[1]]);
             fragment(key, u32::from(u16::from_be(id)), datagram)

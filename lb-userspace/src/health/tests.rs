@@ -817,8 +817,9 @@ async fn a_command_is_told_whom_it_is_about() {
 #[tokio::test]
 async fn a_command_that_hangs_is_killed_with_what_it_started() {
     let file = std::env::temp_dir().join(format!("slc-{}-children", std::process::id()));
+    // The next check may begin before this one's numbers are read: it leaves them as they are.
     let mut health = script(&format!(
-        "sleep 1000 & echo $$ $! > {}; wait",
+        "set -C; sleep 1000 & echo $$ $! > {}; wait",
         file.display()
     ));
     health.timeout = Duration::from_secs(1);

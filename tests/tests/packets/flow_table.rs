@@ -109,12 +109,7 @@ fn a_flood_of_syns_pushes_out_its_own_and_no_connection() {
         assert!(flows.len() <= PLACES, "{}", flows.len());
         assert!(flows.len() > PLACES / 2, "{}", flows.len());
         assert_whole(&flows);
-        let displaced = balancer.displaced() - before;
-        assert_eq!(
-            displaced,
-            3 + 500 - flows.len() as u64 / 2,
-            "those who had to go"
-        );
+        assert_eq!(balancer.displaced(), before, "nobody misses who had to go");
         let (clients, counted) = counted(&balancer, family);
         assert_eq!(clients, counted, "who had to go is not counted any more");
     }

@@ -4,6 +4,7 @@ mod admission;
 mod answers;
 mod checksum;
 mod concurrency;
+mod counts;
 mod decap;
 mod decap_mutations;
 mod flow_table;

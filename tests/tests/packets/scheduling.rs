@@ -330,7 +330,9 @@ fn least_connections_looks_at_a_thousand_backends() {
         .insert(&ServiceKey::new(vip, 80_u16.to_be(), TCP), 1)
         .unwrap();
     for lonely in [1, 2, 600, MANY - 1, MANY] {
-        let begun = maps.backend_load.atomic_u64(lonely, 0);
+        let begun = maps
+            .backend_load
+            .atomic_u64(lonely, std::mem::offset_of!(Load, begun));
         begun.store(4, std::sync::atomic::Ordering::Relaxed);
         let packet = tcp(Family::V4)
             .from(CLIENT, lonely as u16)

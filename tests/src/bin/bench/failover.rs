@@ -1,7 +1,7 @@
 //! What clients notice of a backend's death.
 
 use crate::{Choice, need_sluice, progress, report::Report};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use sluice_tests::{
     backends::{decapsulate, hold_the_vips, route_through_the_balancer},
@@ -26,6 +26,8 @@ const KEEPING: usize = 12;
 const RENEWING: usize = 4;
 /// How long a client waits for an answer before it gives up and connects anew.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// How often a round is repeated because no client was with the server that died.
+const TRIES: usize = 5;
 /// Between an answer and the next request.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -120,12 +122,8 @@ pub fn measure(choice: &Choice) -> Result<Report> {
         for round in 0..rounds {
             progress(&format!("{name} round {} of {rounds}", round + 1));
             // A hash decides who is where: perhaps nobody is with the server that dies.
-            let noticed = loop {
-                if let Some(noticed) = once(&case)? {
-                    break noticed;
-                }
-            };
-            results.push(noticed);
+            let noticed = (0..TRIES).find_map(|_| once(&case).transpose());
+            results.push(noticed.context("no client is ever with the server that dies")??);
         }
         progress("");
         let of = |value: fn(&Noticed) -> f64| {
