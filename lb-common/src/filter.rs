@@ -2,7 +2,7 @@
 //!
 //! Most packets of a host that also does other work are not for the balancer. Map
 //! `address_filter` is a table of [`LANES`] one-byte lanes indexed by a hash of the destination
-//! address. A lane of zero proves that no VIP and no NAT source address hashes to it, so the
+//! address. A lane without the bits of those proves that no VIP and no NAT source address hashes to it, so the
 //! packet passes after one array access and no hash lookup. A lane that is set proves nothing;
 //! the lookups behind it decide.
 
@@ -25,6 +25,13 @@ pub const LANE_STATELESS: u8 = 1 << 4;
 /// Lane bit: the address may be a backend whose replies to clients come through here (`dnat`).
 /// Asked of a packet's source.
 pub const LANE_BACKEND: u8 = 1 << 3;
+/// Lane bit: the address may be a backend some of whose answers belong to flows that are not recorded
+/// ([`crate::service::Gateway`]). Asked of a packet's source, and of a client: it may be one itself.
+pub const LANE_ORIGIN: u8 = 1 << 5;
+/// Lane bit: the address may be one of this host's own, whose connections to backends are no clients'.
+pub const LANE_HELD: u8 = 1 << 6;
+/// The bits that mean nothing in a packet's destination when it is asked whether the packet is ours.
+pub const LANES_OF_OTHERS: u8 = LANE_BACKEND | LANE_ORIGIN | LANE_HELD;
 
 /// The lane of `address`, below [`LANES`].
 #[inline(always)]

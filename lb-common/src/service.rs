@@ -10,6 +10,9 @@ use bytemuck::{Pod, Zeroable};
 /// balanced carries it.
 pub const ANY_PORT: u16 = 0;
 
+/// Added to [`ServiceKey::protocol`]: not what clients ask for, but where answers come from.
+pub const ORIGIN: u16 = 1 << 8;
+
 /// What a service is found by in maps `services4` and `services6`.
 ///
 /// A service on a range of ports has a key for each of them.
@@ -20,7 +23,7 @@ pub struct ServiceKey<A> {
     pub vip: A,
     /// Destination port, network order, or [`ANY_PORT`].
     pub port: u16,
-    /// IP protocol number (6 TCP, 17 UDP).
+    /// IP protocol number (6 TCP, 17 UDP), or that and [`ORIGIN`].
     pub protocol: u16,
 }
 
@@ -32,6 +35,18 @@ const _: () = assert!(size_of::<ServiceKey<u32>>() == 8);
 const _: () = assert!(size_of::<ServiceKey<[u32; 4]>>() == 20);
 
 impl<A: Address> ServiceKey<A> {
+    /// The key that answers of a backend are known by which belong to flows that are not recorded; what it
+    /// leads to is the backend's number. Address and port in network order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn origin(address: A, port: u16, protocol: u8) -> Self {
+        Self {
+            vip: address,
+            port,
+            protocol: ORIGIN | protocol as u16,
+        }
+    }
+
     /// The key of `vip:port/protocol`; `vip` and `port` in network order.
     #[inline(always)]
     #[must_use]
@@ -53,7 +68,8 @@ impl<A: Address> ServiceKey<A> {
 pub struct Listener<A> {
     /// What packets must match.
     pub key: ServiceKey<A>,
-    /// The service's number in map `services`; 0: nobody listens, whatever the key says.
+    /// The service's number in map `services`, or the backend's in map `backends` if the key is of an
+    /// [`ORIGIN`]; 0: nobody listens, whatever the key says.
     pub service: u32,
     /// Zero; keeps the next one aligned.
     pub reserved: u32,
@@ -288,6 +304,49 @@ impl Service {
     #[must_use]
     pub const fn unpack_table(table: u64) -> (u32, u32) {
         (table as u32, (table >> 32) as u32)
+    }
+}
+
+/// What becomes of the answers of a `dnat` service that does not record its flows: an element of map
+/// `gateways`, by the service's number; one cache line. `docs/flow-state.md` has the argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Gateway {
+    /// The VIP, which they are from, network order; IPv4 in word 0.
+    pub vip: [u32; 4],
+    /// Ethernet destination and source towards the router that clients come through: twelve bytes as they
+    /// stand in the frame.
+    pub l2: [u32; 3],
+    /// Interface the router is behind.
+    pub ifindex: u32,
+    /// VLAN tags towards it, packed as in [`crate::vlan`].
+    pub tags: u32,
+    /// The VIP's port, network order.
+    pub port: u16,
+    /// Bytes of the largest IP packet that can be sent towards it; 0 if that is not known.
+    pub mtu: u16,
+    /// `GATEWAY_*`.
+    pub flags: u32,
+    /// Zero; fills the line.
+    pub reserved: [u32; 5],
+}
+
+const _: () = assert!(size_of::<Gateway>() == 64);
+
+/// Flag of [`Gateway::flags`]: the way to it is known.
+pub const GATEWAY_RESOLVED: u32 = 1 << 0;
+
+impl Gateway {
+    /// Whether a client's packet that came by `ifindex` from a neighbour with the address in the first six
+    /// bytes of `l2` is answered this way; `tags` are the VLAN tags it came with.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leads_back(&self, l2: &[u32; 3], ifindex: u32, tags: u32) -> bool {
+        self.flags & GATEWAY_RESOLVED != 0
+            && self.ifindex == ifindex
+            && self.tags == tags
+            && self.l2[0] == l2[0]
+            && self.l2[1] as u16 == l2[1] as u16
     }
 }
 

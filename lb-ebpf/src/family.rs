@@ -133,6 +133,10 @@ pub trait Family: Sized {
     fn revise() -> u64;
     /// [`crate::flow`]'s subprogram for a backend's packet that changes something.
     fn note_reply() -> u64;
+    /// [`crate::stateless`]'s subprogram for what may be an answer of a flow that is not recorded.
+    fn answer() -> u64;
+    /// [`crate::stateless`]'s subprogram that tells of a flow that is not recorded.
+    fn describe() -> u64;
 
     /// One of the addresses that `nat` sends from, for a flow with this hash; `None` if each
     /// backend has its own.
@@ -376,6 +380,16 @@ impl Family for V4 {
     #[inline(always)]
     fn note_reply() -> u64 {
         flow::note_reply4()
+    }
+
+    #[inline(always)]
+    fn answer() -> u64 {
+        flow::answer4()
+    }
+
+    #[inline(always)]
+    fn describe() -> u64 {
+        flow::describe4()
     }
 
     #[inline(always)]
@@ -739,6 +753,16 @@ impl Family for V6 {
     #[inline(always)]
     fn note_reply() -> u64 {
         flow::note_reply6()
+    }
+
+    #[inline(always)]
+    fn answer() -> u64 {
+        flow::answer6()
+    }
+
+    #[inline(always)]
+    fn describe() -> u64 {
+        flow::describe6()
     }
 
     #[inline(always)]

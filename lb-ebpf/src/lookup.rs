@@ -49,10 +49,12 @@ pub fn word_by_word(addr: [u32; 4]) -> [u32; 4] {
 /// What the filter knows of a packet's addresses: zero proves that the packet is not ours.
 #[inline(always)]
 pub fn lane<F: Family>(dst: F::Addr, src: impl FnOnce() -> F::Addr) -> u8 {
-    match lane_of::<F>(dst) & !filter::LANE_BACKEND {
+    match lane_of::<F>(dst) & !filter::LANES_OF_OTHERS {
         // Perhaps for no address of ours, but from a backend that answers a client. A client may
         // share its lane with an address that NAT sends from.
-        lane @ (0 | filter::LANE_NAT_SOURCE) => lane | lane_of::<F>(src()) & filter::LANE_BACKEND,
+        lane @ (0 | filter::LANE_NAT_SOURCE) => {
+            lane | lane_of::<F>(src()) & (filter::LANE_BACKEND | filter::LANE_ORIGIN)
+        }
         lane => lane,
     }
 }
@@ -102,9 +104,9 @@ pub fn service<F: Family>(
     Some((number, maps::SERVICES.get(number)?))
 }
 
-/// The number of the service that listens on `key`; 0 if none does.
+/// The number of the service that listens on `key`, or of the backend that is this origin; 0 if there is none.
 #[inline(always)]
-fn listener<F: Family>(key: &ServiceKey<F::Addr>) -> u32 {
+pub fn listener<F: Family>(key: &ServiceKey<F::Addr>) -> u32 {
     // SAFETY: never written; volatile, because the loader sets it.
     let buckets = unsafe { (&raw const BUCKETS).read_volatile() };
     let places = Places::of(key);

@@ -16,7 +16,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Bucket4, Bucket6, Cursor, Interface, Service, Vip},
+    service::{Bucket4, Bucket6, Cursor, Gateway, Interface, Service, Vip},
     stats::{Counters, DROP_SLOTS},
 };
 
@@ -44,6 +44,8 @@ pub static SERVICES4: Array<Bucket4, 65536, MMAPABLE> = Array::new();
 pub static SERVICES6: Array<Bucket6, 65536, MMAPABLE> = Array::new();
 #[btf_map(name = "services")]
 pub static SERVICES: Array<Service, 4097, MMAPABLE> = Array::new();
+#[btf_map(name = "gateways")]
+pub static GATEWAYS: Array<Gateway, 4097, MMAPABLE> = Array::new();
 #[btf_map(name = "backends")]
 pub static BACKENDS: Array<Backend, 16385, MMAPABLE> = Array::new();
 #[btf_map(name = "slots")]

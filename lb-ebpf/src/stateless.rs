@@ -1,13 +1,14 @@
 //! Stateless: the way of a packet whose backend the selection table alone tells.
 //!
-//! In a service with a hash scheduler and a forward mode that translates nothing, a flow is found
-//! by hashing its packets again. As long as its slot is settled there is nothing else to know of it:
-//! no flow is looked up, none recorded. `docs/flow-state.md` says what happens when a slot changes.
+//! In a service with a hash scheduler and a forward mode that translates nothing, or in `dnat` with a
+//! gateway, a flow is found by hashing its packets again. As long as its slot is settled there is
+//! nothing else to know of it: no flow is looked up, none recorded. `docs/flow-state.md` says what
+//! happens when a slot changes, and how answers are told in `dnat`.
 
 use crate::{
     atomic, checksum,
     family::Family,
-    flow::{self, Work, change},
+    flow::{self, Decision, FOLLOW, NOT_OURS, Work, change, dropped, refused, too_big},
     frame::Frame,
     lookup, maps,
     parse::{Link, Packet, protocol},
@@ -18,14 +19,18 @@ use core::mem::offset_of;
 use lb_common::{
     abi::ticks_since,
     addr::Address,
-    backend::{BACKEND_RESOLVED, NO_BACKEND, Slot},
+    backend::{BACKEND_RESOLVED, Backend, LOCAL, NO_BACKEND, Slot},
     csum,
-    filter::LANE_ANY_PORT,
-    flow::{DIRECTION_CLIENT, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
+    filter::{LANE_ANY_PORT, LANE_HELD, LANE_ORIGIN},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
     hash,
-    service::{SERVICE_GUARDED, SERVICE_PLURAL, SERVICE_STATELESS, Service, forward, scheduler},
+    service::{
+        GATEWAY_RESOLVED, Gateway, SERVICE_GUARDED, SERVICE_PLURAL, SERVICE_STATELESS, Service,
+        ServiceKey, forward, scheduler,
+    },
+    stats::DropReason,
 };
-use network_types::tcp::TcpHdr;
+use network_types::{eth::EthHdr, tcp::TcpHdr};
 
 /// Sends the packet, if its service is stateless and its slot settled. `None`: its flow may be
 /// recorded, or it cannot be sent.
@@ -55,6 +60,16 @@ pub fn forward<F: Family>(
     }
     let backend = maps::BACKENDS.get(slot.backend)?;
     let mode = service.forward;
+    if mode == forward::DNAT
+        && !returns::<F>(
+            number,
+            backend,
+            packet.network.src,
+            &Sender::of(frame, link),
+        )
+    {
+        return None;
+    }
     if backend.flags & BACKEND_RESOLVED == 0
         || backend.tags != 0
         || mode != forward::DSR && F::hops(packet.network.header) <= 1
@@ -85,6 +100,8 @@ pub fn forward<F: Family>(
     let ifindex = backend.ifindex;
     if mode == forward::DSR {
         rewrite::l2::send_to(link, &backend.l2);
+    } else if mode == forward::DNAT {
+        rewrite::nat::redirect(frame, link, packet, backend, check)?;
     } else {
         let gue = mode == forward::GUE;
         if let Err(dropped) =
@@ -96,6 +113,136 @@ pub fn forward<F: Family>(
     let begins = packet.flags.opens();
     stats::count_placed(number, slot.backend, packet.packet_len.into(), begins);
     Some(Verdict::leave(frame, ifindex))
+}
+
+/// The neighbour that a packet came from.
+pub struct Sender {
+    /// Its Ethernet address in the first six bytes.
+    pub l2: [u32; 3],
+    /// The interface it is behind.
+    pub ifindex: u32,
+    /// VLAN tags towards it.
+    pub tags: u32,
+}
+
+impl Sender {
+    #[inline(always)]
+    fn of(frame: &Frame, link: &Link) -> Self {
+        let source = link.header.read_mac(offset_of!(EthHdr, src_addr));
+        Self {
+            l2: [source.head, u32::from(source.tail), 0],
+            ifindex: frame.ingress(),
+            tags: link.tags,
+        }
+    }
+}
+
+/// Whether answers of `backend` find a client in `dnat` whose flow is not recorded.
+///
+/// They go to the gateway, so that is where the client must have come from. What goes to this host itself, or
+/// from one backend to another, may have nothing to do with the VIP. And what the kernel delivers is answered
+/// on its way out, where only flows are known.
+#[inline(always)]
+pub fn returns<F: Family>(
+    service: u32,
+    backend: &Backend,
+    client: F::Addr,
+    sender: &Sender,
+) -> bool {
+    let is_stranger = lookup::lane_of::<F>(client) & (LANE_HELD | LANE_ORIGIN) != 0;
+    let leads_back =
+        |gateway: &Gateway| gateway.leads_back(&sender.l2, sender.ifindex, sender.tags);
+    !is_stranger && backend.ifindex != LOCAL && maps::GATEWAYS.get(service).is_some_and(leads_back)
+}
+
+/// What becomes in `dnat` of a client's packet with the key `work.arrival.key`.
+#[inline(always)]
+fn towards_backend<F: Family>(work: &mut Work<F::Addr>, backend: &Backend) {
+    let (key, flow) = (&work.arrival.key, &mut work.client);
+    let address = lookup::address::<F::Addr>(&backend.addr);
+    let addresses = checksum::replaced(key.dst, address);
+    let ports = u64::from(!key.dport) + u64::from(backend.port);
+    flow.src = key.src;
+    flow.dst = address;
+    flow.sport = key.sport;
+    flow.dport = backend.port;
+    flow.l3_delta = csum::fold(addresses);
+    flow.l4_delta = csum::fold(addresses + ports);
+    flow.generation = backend.generation.into();
+    flow.forward = forward::DNAT;
+    flow.direction = DIRECTION_CLIENT;
+}
+
+/// A packet of no recorded flow that is perhaps a backend's answer to a client of a `dnat` service which does not
+/// record its flows; its key is `work.arrival.key`. [`NOT_OURS`] if it is none.
+///
+/// It is one if a packet the other way round, to the VIP, would belong to this very backend without being
+/// recorded. `work.client` and `work.way` say then what becomes of it.
+#[inline(always)]
+pub fn answer<F: Family>() -> Decision {
+    let Some(work) = F::work() else {
+        return NOT_OURS;
+    };
+    let arrival = &work.arrival;
+    let key = &arrival.key;
+    if lookup::lane_of::<F>(key.src) & LANE_ORIGIN == 0
+        || lookup::lane_of::<F>(key.dst) & (LANE_HELD | LANE_ORIGIN) != 0
+    {
+        return NOT_OURS;
+    }
+    let origin = ServiceKey::origin(key.src, key.sport, key.protocol as u8);
+    let number = lookup::listener::<F>(&origin);
+    let Some(backend) = maps::BACKENDS.get(number).filter(|_| number != 0) else {
+        return NOT_OURS;
+    };
+    let service_number = backend.service;
+    let (Some(service), Some(gateway)) = (
+        maps::SERVICES.get(service_number),
+        maps::GATEWAYS.get(service_number),
+    ) else {
+        return NOT_OURS;
+    };
+    if service.flags & SERVICE_STATELESS == 0 || service.forward != forward::DNAT {
+        return NOT_OURS;
+    }
+    let vip = lookup::address::<F::Addr>(&gateway.vip);
+    let asked = FlowKey {
+        src: key.dst,
+        dst: vip,
+        sport: key.dport,
+        dport: gateway.port,
+        protocol: key.protocol,
+    };
+    if owners(service, &asked).old != number {
+        return NOT_OURS;
+    }
+    if arrival.can_travel == 0 {
+        return refused(DropReason::TtlExceeded, service_number);
+    }
+    if gateway.flags & GATEWAY_RESOLVED == 0 {
+        return dropped(DropReason::NoNeighbour, service_number);
+    }
+    if flow::exceeds(arrival.packet_len, gateway.mtu.into(), arrival.ifindex) {
+        return too_big(gateway.mtu, service_number);
+    }
+    let flow = &mut work.client;
+    let addresses = checksum::replaced(key.src, vip);
+    let ports = u64::from(!key.sport) + u64::from(gateway.port);
+    flow.src = vip;
+    flow.dst = key.dst;
+    flow.sport = gateway.port;
+    flow.dport = key.dport;
+    flow.l3_delta = csum::fold(addresses);
+    flow.l4_delta = csum::fold(addresses + ports);
+    flow.service = service_number;
+    flow.backend = number;
+    flow.generation = backend.generation.into();
+    flow.forward = forward::DNAT;
+    flow.direction = DIRECTION_BACKEND;
+    rewrite::copy_link(&mut flow.l2, &gateway.l2);
+    (flow.ifindex, flow.tags) = (gateway.ifindex, gateway.tags);
+    work.way.set(&gateway.l2, gateway.ifindex, gateway.tags);
+    FOLLOW
 }
 
 /// Whether a SYN is a repetition of one that came a while ago, so that nobody seems to have
@@ -195,23 +342,33 @@ pub fn owners<A: Address>(service: &Service, key: &FlowKey<A>) -> Owners {
 }
 
 /// Fills `work.client` for a packet that is about a flow which is not recorded, whose key is
-/// `work.arrival.key`. `None` if its service is not stateless.
+/// `work.arrival.key`; 0 if there is none.
 #[inline(always)]
-pub fn describe<F: Family>(work: &mut Work<F::Addr>) -> Option<()> {
+pub fn describe<F: Family>() -> u64 {
+    let Some(work) = F::work() else {
+        return 0;
+    };
     let key = &work.arrival.key;
     // Whatever the lane of its address.
     let found = lookup::service::<F>(key.dst, key.dport, key.protocol as u8, LANE_ANY_PORT);
-    let (number, service) = found.filter(|(_, s)| s.flags & SERVICE_STATELESS != 0)?;
+    let Some((number, service)) = found.filter(|(_, s)| s.flags & SERVICE_STATELESS != 0) else {
+        // The packet that it is about is small enough, and has come as far as it should.
+        (work.arrival.packet_len, work.arrival.can_travel) = (1, 1);
+        return u64::from(F::answer() == FOLLOW);
+    };
     let owners = owners(service, key);
-    let backend = maps::BACKENDS.get(owners.old)?;
-    if owners.old == NO_BACKEND {
-        return None;
-    }
+    let backend = maps::BACKENDS.get(owners.old);
+    let Some(backend) = backend.filter(|_| owners.old != NO_BACKEND) else {
+        return 0;
+    };
     let flow = &mut work.client;
     flow.service = number;
     flow.backend = owners.old;
     flow.generation = backend.generation.into();
     flow.forward = service.forward;
     flow.direction = DIRECTION_CLIENT;
-    Some(())
+    if service.forward == forward::DNAT {
+        towards_backend::<F>(work, backend);
+    }
+    1
 }

@@ -8,7 +8,7 @@
 use crate::{
     family::{Family, V4, V6},
     flow::{
-        self, Outgoing,
+        self, FOLLOW, Outgoing,
         table::{self, Look},
     },
     forward,
@@ -20,7 +20,7 @@ use crate::{
 };
 use core::mem::offset_of;
 use lb_common::{
-    filter::{LANE_NAT_SOURCE, LANE_STATELESS},
+    filter::{LANE_NAT_SOURCE, LANE_ORIGIN, LANE_STATELESS},
     flow::{DIRECTION_BACKEND, Flow},
     flow_table::KeyWords,
 };
@@ -63,7 +63,7 @@ fn balance_ip<F: Family>(frame: &Frame, link: Link) -> Option<Verdict> {
         return Some(verdict);
     }
     let packet = packet.afresh();
-    let outgoing = follow(frame, &packet)?;
+    let outgoing = follow(frame, &packet, lane)?;
     let sent = rewrite::rewrite(frame, &link, &packet, &outgoing)
         .and_then(|()| forward::send(frame, &packet, &outgoing));
     Some(Verdict::of(sent))
@@ -134,11 +134,13 @@ fn find<F: Family>(packet: &Packet<F>) -> Option<&'static mut Flow<F::Addr>> {
 
 /// The packet's flow, if it is recorded and this packet leaves it as it is.
 #[inline(always)]
-fn follow<F: Family>(frame: &Frame, packet: &Packet<F>) -> Option<Outgoing<F::Addr>> {
+fn follow<F: Family>(frame: &Frame, packet: &Packet<F>, lane: u8) -> Option<Outgoing<F::Addr>> {
     if packet.flags.any(TcpFlags::CHANGES) || F::hops(packet.network.header) <= 1 {
         return None;
     }
-    let flow = find(packet)?;
+    let Some(flow) = find(packet) else {
+        return answer(frame, packet, lane);
+    };
     let (mtu, tags) = if flow.direction == DIRECTION_BACKEND {
         (flow.mtu, flow.tags)
     } else {
@@ -163,5 +165,25 @@ fn follow<F: Family>(frame: &Frame, packet: &Packet<F>) -> Option<Outgoing<F::Ad
         l2,
         ifindex,
         tags,
+    })
+}
+
+/// What becomes of a backend's answer of a flow that is not recorded.
+#[inline(always)]
+fn answer<F: Family>(frame: &Frame, packet: &Packet<F>, lane: u8) -> Option<Outgoing<F::Addr>> {
+    if lane & LANE_ORIGIN == 0 {
+        return None;
+    }
+    let work = F::work()?;
+    work.arrival.key = packet.key();
+    work.arrival.packet_len = packet.packet_len;
+    work.arrival.ifindex = frame.ingress();
+    work.arrival.can_travel = 1;
+    let found = F::answer() == FOLLOW && work.way.tags == 0;
+    found.then_some(Outgoing {
+        flow: &work.client,
+        l2: &work.way.l2,
+        ifindex: work.way.ifindex,
+        tags: 0,
     })
 }

@@ -203,7 +203,7 @@ struct Look {
     recorded: u64,
     /// Slots that were closing then.
     closing: Vec<u32>,
-    /// Slots that have a flow with another backend than theirs.
+    /// Slots that have a flow which only its record leads right.
     strangers: HashSet<u32>,
 }
 
@@ -217,6 +217,14 @@ impl Look {
         };
         hash::slot_of(hash, self.table.len)
     }
+}
+
+/// Whether a flow would not go on as it does if it had no record: `slot` has another backend, the service
+/// another forward mode than once, or in `dnat` the client's port was changed, because another flow had
+/// it.
+fn is_stranger<A>(slot: Slot, mode: u8, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+    let has_other_port = mode == forward::DNAT && flow.sport != key.sport;
+    slot.backend != flow.backend || flow.forward != mode || has_other_port
 }
 
 /// Clients of services with affinity who have flows, and the backend of one of these with its
@@ -435,7 +443,8 @@ impl Flows {
                 *seen = seen.with(Counts::of(flow.state), |sum, one| sum + one);
                 if let Some(look) = looks.get_mut(&flow.service) {
                     let place = look.place(key);
-                    if self.slot(look.table.first + place).backend != flow.backend {
+                    let slot = self.slot(look.table.first + place);
+                    if is_stranger(slot, look.table.forward, key, flow) {
                         look.strangers.insert(place);
                     }
                 }
@@ -862,6 +871,32 @@ mod tests {
         assert_eq!(ticks(Duration::from_secs(1)), 954);
         assert_eq!(ticks(Duration::MAX), u32::MAX / 2);
         assert!((seconds(ticks(Duration::from_secs(900))) - 900.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn flows_that_only_their_record_leads_right_are_strangers() {
+        use bytemuck::Zeroable as _;
+        let key = FlowKey {
+            sport: 1000,
+            ..FlowKey::<u32>::zeroed()
+        };
+        let is_stranger = |mode, change: fn(&mut Flow<u32>)| {
+            let mut flow = Flow {
+                backend: 3,
+                forward: mode,
+                sport: key.sport,
+                ..Flow::zeroed()
+            };
+            change(&mut flow);
+            is_stranger(Slot::settled(3), mode, &key, &flow)
+        };
+        for mode in [forward::DNAT, forward::DSR, forward::IPIP, forward::GUE] {
+            assert!(!is_stranger(mode, |_| {}));
+            assert!(is_stranger(mode, |flow| flow.backend = 4));
+            assert!(is_stranger(mode, |flow| flow.forward = forward::NAT));
+        }
+        assert!(is_stranger(forward::DNAT, |flow| flow.sport = 1001));
+        assert!(!is_stranger(forward::GUE, |flow| flow.sport = 1001));
     }
 
     #[test]

@@ -157,6 +157,7 @@ impl Control for Fixed {
             backends_total: 0,
             idle_timeout_seconds: 900.0,
             connect_timeout_seconds: None,
+            gateway: None,
             health: "tcp".into(),
             traffic: types::Traffic {
                 connections_total: 123_456,

@@ -19,9 +19,11 @@ use bytemuck::Zeroable as _;
 use lb_common::{
     abi, addr, backend, client,
     filter::{
-        LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP, lane_of, place,
+        LANE_ANY_PORT, LANE_BACKEND, LANE_HELD, LANE_NAT_SOURCE, LANE_ORIGIN, LANE_STATELESS,
+        LANE_VIP, lane_of, place,
     },
-    flow, flow_table, fragment, service,
+    flow, flow_table, fragment,
+    service::{self, ServiceKey},
     stats::{Counters, DropReason},
 };
 use sluice::dataplane::FlowTable;
@@ -141,6 +143,8 @@ pub struct Service {
     pub access: Vec<(IpAddr, u8, bool)>,
     /// Whether flows are recorded only where a slot is not settled.
     pub stateless: bool,
+    /// The router that clients of a stateless service in `dnat` come through.
+    pub gateway: Option<Host>,
     /// Whether a SYN that one backend does not answer goes to another.
     pub plural: bool,
     /// What each slot's other number is: which backend, of what the slot has now; `None`: it is settled. Of a
@@ -168,6 +172,7 @@ pub fn service(family: Family, protocol: u8, host: Host, port: u16) -> Service {
         source_rate: 0,
         access: Vec::new(),
         stateless: false,
+        gateway: None,
         plural: false,
         previous: None,
         backends: Vec::new(),
@@ -194,6 +199,13 @@ impl Service {
     pub fn stateless(mut self) -> Self {
         self.stateless = true;
         self.scheduler(service::scheduler::MAGLEV)
+    }
+
+    /// Translates by hash, and answers through this router.
+    #[must_use]
+    pub fn through(mut self, gateway: Host) -> Self {
+        self.gateway = Some(gateway);
+        self.forward(service::forward::DNAT).stateless()
     }
 
     /// Sets the forward mode.
@@ -679,36 +691,15 @@ impl Balancer {
             let (port, protocol) = (port.to_be(), service.protocol);
             match service.vip {
                 IpAddr::V4(ip) => {
-                    let key = service::ServiceKey::new(addr::from_ipv4(ip), port, protocol);
-                    let places = service::Places::of(&key);
-                    let mut buckets =
-                        [places.first(LISTENERS), places.second(LISTENERS)].into_iter();
-                    buckets
-                        .find_map(|place| {
-                            let mut bucket: service::Bucket4 = self.get("services4", place);
-                            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
-                            (listener.key, listener.service) = (key, number);
-                            self.set("services4", place, bucket);
-                            Some(())
-                        })
-                        .expect("few listeners");
+                    self.listen4(ServiceKey::new(addr::from_ipv4(ip), port, protocol), number);
                 }
                 IpAddr::V6(ip) => {
-                    let key = service::ServiceKey::new(addr::from_ipv6(ip), port, protocol);
-                    let places = service::Places::of(&key);
-                    let mut buckets =
-                        [places.first(LISTENERS), places.second(LISTENERS)].into_iter();
-                    buckets
-                        .find_map(|place| {
-                            let mut bucket: service::Bucket6 = self.get("services6", place);
-                            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
-                            (listener.key, listener.service) = (key, number);
-                            self.set("services6", place, bucket);
-                            Some(())
-                        })
-                        .expect("few listeners");
+                    self.listen6(ServiceKey::new(addr::from_ipv6(ip), port, protocol), number);
                 }
             }
+        }
+        if service.gateway.is_some() {
+            self.write_origins(number, &service);
         }
         for (address, bits, allow) in &service.access {
             self.write_access(number, *address, *bits, *allow);
@@ -726,6 +717,78 @@ impl Balancer {
             }
         }
         number
+    }
+
+    fn listen4(&mut self, key: ServiceKey<u32>, number: u32) {
+        let places = service::Places::of(&key);
+        let buckets = [places.first(LISTENERS), places.second(LISTENERS)];
+        let mut listen = |place| {
+            let mut bucket: service::Bucket4 = self.get("services4", place);
+            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
+            (listener.key, listener.service) = (key, number);
+            self.set("services4", place, bucket);
+            Some(())
+        };
+        let listens = buckets.into_iter().find_map(&mut listen);
+        listens.expect("few listeners");
+    }
+
+    fn listen6(&mut self, key: ServiceKey<[u32; 4]>, number: u32) {
+        let places = service::Places::of(&key);
+        let buckets = [places.first(LISTENERS), places.second(LISTENERS)];
+        let mut listen = |place| {
+            let mut bucket: service::Bucket6 = self.get("services6", place);
+            let listener = bucket.listeners.iter_mut().find(|l| l.service == 0)?;
+            (listener.key, listener.service) = (key, number);
+            self.set("services6", place, bucket);
+            Some(())
+        };
+        let listens = buckets.into_iter().find_map(&mut listen);
+        listens.expect("few listeners");
+    }
+
+    /// What answers of flows that are not recorded are known by.
+    fn write_origins(&mut self, number: u32, service: &Service) {
+        for (index, backend) in service.backends.iter().enumerate() {
+            let (port, protocol) = (backend.port.to_be(), service.protocol);
+            let element = self.backend_number(number, index);
+            match backend.ip {
+                IpAddr::V4(ip) => {
+                    let key = ServiceKey::origin(addr::from_ipv4(ip), port, protocol);
+                    self.listen4(key, element);
+                }
+                IpAddr::V6(ip) => {
+                    let key = ServiceKey::origin(addr::from_ipv6(ip), port, protocol);
+                    self.listen6(key, element);
+                }
+            }
+            self.mark(backend.ip, LANE_ORIGIN);
+        }
+    }
+
+    /// Writes the way of answers that no flow is recorded for, as it is now.
+    pub fn write_gateway(&mut self, number: u32, change: impl FnOnce(&mut service::Gateway)) {
+        let service = &self.services[number as usize - 1];
+        let host = service.gateway.expect("a service with a gateway");
+        let mut l2 = [0u8; 12];
+        l2[..6].copy_from_slice(&host.mac);
+        l2[6..].copy_from_slice(&BALANCER.mac);
+        let mut gateway = service::Gateway {
+            vip: addr::from_ip(service.vip),
+            l2: bytemuck::cast(l2),
+            ifindex: INGRESS,
+            port: service.port.to_be(),
+            mtu: 1500,
+            flags: service::GATEWAY_RESOLVED,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        change(&mut gateway);
+        self.set("gateways", number, gateway);
+    }
+
+    /// This host has the address.
+    pub fn hold(&mut self, address: IpAddr) {
+        self.mark(address, LANE_HELD);
     }
 
     /// Changes a service and writes it anew, with a new table; its backends must stay as many.
@@ -894,6 +957,9 @@ impl Balancer {
             ..bytemuck::Zeroable::zeroed()
         };
         self.set("services", number, record);
+        if s.gateway.is_some() {
+            self.write_gateway(number, |_| {});
+        }
     }
 
     fn mark(&mut self, ip: IpAddr, bit: u8) {
@@ -1442,6 +1508,7 @@ impl Balancer {
         self.zero::<backend::Load>("backend_load", BACKENDS);
         self.zero::<backend::Backend>("backends", BACKENDS);
         self.zero::<service::Cursor>("cursors", SERVICES);
+        self.zero::<service::Gateway>("gateways", SERVICES);
         self.zero::<service::Service>("services", SERVICES);
         for element in std::mem::take(&mut self.lanes).into_keys() {
             self.set("address_filter", element, 0u64);
@@ -1521,6 +1588,7 @@ fn load() -> Ebpf {
         ("services6", LISTENERS),
         ("services", SERVICES),
         ("cursors", SERVICES),
+        ("gateways", SERVICES),
         ("service_stats", SERVICES),
         ("backends", BACKENDS),
         ("backend_load", BACKENDS),

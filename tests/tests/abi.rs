@@ -11,7 +11,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Bucket4, Bucket6, Cursor, Interface, Listener, Service, Vip},
+    service::{Bucket4, Bucket6, Cursor, Gateway, Interface, Listener, Service, Vip},
     stats::Counters,
 };
 use sluice_tests::btf::{Btf, Struct, Type};
@@ -102,6 +102,19 @@ fn layouts() -> Vec<Layout> {
                 on_no_backend: u8,
                 on_backend_down: u8,
                 reserved: u32,
+            }
+        ),
+        layout!(
+            "Gateway",
+            Gateway {
+                vip: [u32; 4],
+                l2: [u32; 3],
+                ifindex: u32,
+                tags: u32,
+                port: u16,
+                mtu: u16,
+                flags: u32,
+                reserved: [u32; 5],
             }
         ),
         layout!(
@@ -275,7 +288,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 41] = [
+const MAPS: [(&str, &str, &str); 42] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -285,6 +298,7 @@ const MAPS: [(&str, &str, &str); 41] = [
     ("services4", "4", "Bucket4"),
     ("services6", "4", "Bucket6"),
     ("services", "4", "Service"),
+    ("gateways", "4", "Gateway"),
     ("backends", "4", "Backend"),
     ("slots", "4", "Slot"),
     ("cursors", "4", "Cursor"),

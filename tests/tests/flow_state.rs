@@ -1,5 +1,5 @@
 //! Stateless services: random traffic through the real program while the real planner changes the pool at random, and
-//! every packet of every flow must reach the backend that its flow began with.
+//! every packet of every flow must reach the backend that its flow began with, and in `dnat` every answer its client.
 //!
 //! Seeded, so a failure repeats. `SLUICE_FLOW_STATE_STEPS` sets the length of each run.
 
@@ -17,7 +17,7 @@ use sluice::{
 };
 use sluice_tests::{
     harness::{TCP, UDP},
-    packet::{Family, Packet, transport},
+    packet::{BALANCER, Family, GATEWAY, Mac, Packet, STRANGER, transport},
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -65,14 +65,27 @@ struct Flow {
     last: Instant,
 }
 
+/// What a run is about.
+#[derive(Clone, Copy)]
+struct Kind {
+    protocol: u8,
+    forward: u8,
+    scheduler: u8,
+}
+
+const TCP_DSR: Kind = Kind {
+    protocol: TCP,
+    forward: forward::DSR,
+    scheduler: scheduler::MAGLEV,
+};
+
 struct World {
     dataplane: Dataplane,
     reconciler: Reconciler,
     flows: Flows,
     random: Random,
     now: Instant,
-    protocol: u8,
-    scheduler: u8,
+    kind: Kind,
     policy: u8,
     pool: BTreeMap<u8, Member>,
     /// Flows by client address and port.
@@ -88,9 +101,14 @@ fn host(n: u8) -> IpAddr {
 
 fn hop(address: IpAddr) -> Option<Hop> {
     let IpAddr::V4(v4) = address else { return None };
+    let is_gateway = v4 == GATEWAY.v4;
     Some(Hop {
-        destination: [2, 0, 0, 0, 1, v4.octets()[3]],
-        source: [2, 0, 0, 0, 0, 1],
+        destination: if is_gateway {
+            GATEWAY.mac
+        } else {
+            [2, 0, 0, 0, 1, v4.octets()[3]]
+        },
+        source: BALANCER.mac,
         ifindex: INTERFACE,
         tags: 0,
         address: host(254),
@@ -98,8 +116,17 @@ fn hop(address: IpAddr) -> Option<Hop> {
     })
 }
 
+/// The neighbour that a client comes from: most of them come through the gateway.
+const fn neighbour(client: (u32, u16)) -> Mac {
+    if client.1.is_multiple_of(8) {
+        STRANGER.mac
+    } else {
+        GATEWAY.mac
+    }
+}
+
 impl World {
-    fn new(seed: u64, protocol: u8, scheduler: u8, policy: u8, flows: u32) -> Self {
+    fn new(seed: u64, kind: Kind, policy: u8, flows: u32) -> Self {
         let limits = Limits {
             flows,
             services: 4,
@@ -116,8 +143,7 @@ impl World {
             flows,
             random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
             now: Instant::now(),
-            protocol,
-            scheduler,
+            kind,
             policy,
             pool: BTreeMap::new(),
             known: BTreeMap::new(),
@@ -141,7 +167,7 @@ impl World {
     fn key(&self) -> ServiceKey {
         ServiceKey {
             listen: SocketAddr::from((VIP, PORT)).into(),
-            protocol: if self.protocol == TCP {
+            protocol: if self.kind.protocol == TCP {
                 Protocol::Tcp
             } else {
                 Protocol::Udp
@@ -160,8 +186,8 @@ impl World {
         let wanted = Service {
             id: self.key(),
             name: "model".to_owned(),
-            forward: forward::DSR,
-            scheduler: self.scheduler,
+            forward: self.kind.forward,
+            scheduler: self.kind.scheduler,
             on_no_backend: on_no_backend::DROP,
             on_backend_down: self.policy,
             connect_timeout: 0,
@@ -171,6 +197,7 @@ impl World {
             access: std::collections::BTreeMap::new(),
             table_size: 0,
             stateless: true,
+            gateway: (self.kind.forward == forward::DNAT).then_some(GATEWAY.v4.into()),
             idle_timeout: WINDOW,
             answer_arp: false,
             held: false,
@@ -186,10 +213,11 @@ impl World {
 
     /// One packet through the program: the backend it reached.
     fn send(&mut self, client: (u32, u16), opens: bool) -> Option<u8> {
-        let packet: Packet = transport(Family::V4, self.protocol)
+        let packet: Packet = transport(Family::V4, self.kind.protocol)
             .from(IpAddr::from(Ipv4Addr::from(client.0)), client.1)
-            .to(IpAddr::from(VIP), PORT);
-        let packet = match (self.protocol, opens) {
+            .to(IpAddr::from(VIP), PORT)
+            .macs(neighbour(client), BALANCER.mac);
+        let packet = match (self.kind.protocol, opens) {
             (TCP, true) => packet.syn(),
             (TCP, false) => packet.ack(),
             _ => packet,
@@ -207,6 +235,37 @@ impl World {
         }
     }
 
+    /// What the backend answers reaches the client, from the VIP.
+    fn answer(&mut self, client: (u32, u16), backend: u8, opens: bool) {
+        if self.kind.forward != forward::DNAT {
+            return;
+        }
+        let to = IpAddr::from(Ipv4Addr::from(client.0));
+        let packet = transport(Family::V4, self.kind.protocol)
+            .macs([2, 0, 0, 0, 1, backend], BALANCER.mac)
+            .from(host(backend), PORT)
+            .to(to, client.1);
+        let packet = match (self.kind.protocol, opens) {
+            (TCP, true) => packet.syn().ack(),
+            (TCP, false) => packet.ack(),
+            _ => packet,
+        };
+        let run = self
+            .dataplane
+            .test_run(&packet.build(), INTERFACE, 1)
+            .unwrap();
+        self.packets += 1;
+        let expected = packet
+            .macs(BALANCER.mac, neighbour(client))
+            .from(IpAddr::from(VIP), PORT)
+            .ttl(63);
+        assert_eq!(
+            (run.verdict, run.data),
+            (SENT, expected.build()),
+            "an answer to {client:?}"
+        );
+    }
+
     fn begin(&mut self) {
         let client = (
             u32::from(Ipv4Addr::new(198, 19, 0, 0)) + self.random.below(5000) as u32,
@@ -218,6 +277,7 @@ impl World {
         if let Some(backend) = self.send(client, true) {
             let last = self.now;
             self.known.insert(client, Flow { backend, last });
+            self.answer(client, backend, true);
         }
     }
 
@@ -232,6 +292,7 @@ impl World {
             if let Some(flow) = self.known.get_mut(&client) {
                 flow.last = self.now;
             }
+            self.answer(client, flow.backend, false);
             return;
         }
         let dead = self
@@ -257,10 +318,13 @@ impl World {
             dst: u32::from(VIP).to_be(),
             sport: client.1.to_be(),
             dport: PORT.to_be(),
-            protocol: self.protocol.into(),
+            protocol: self.kind.protocol.into(),
         };
         let flows = <u32>::flow_table(&self.dataplane.maps).unwrap();
-        flows.view().remove(&key).unwrap();
+        let flows = flows.view();
+        if let Some(flow) = flows.remove(&key).unwrap() {
+            flows.remove(&flow.opposite(key.protocol)).unwrap();
+        }
     }
 
     fn change_pool(&mut self) {
@@ -380,8 +444,8 @@ fn steps() -> u64 {
         .unwrap_or(20_000)
 }
 
-fn run(seed: u64, protocol: u8, scheduler: u8, policy: u8, flows: u32) -> World {
-    let mut world = World::new(seed, protocol, scheduler, policy, flows);
+fn run(seed: u64, kind: Kind, policy: u8, flows: u32) -> World {
+    let mut world = World::new(seed, kind, policy, flows);
     for _ in 0..steps() {
         world.step();
     }
@@ -399,13 +463,20 @@ fn run(seed: u64, protocol: u8, scheduler: u8, policy: u8, flows: u32) -> World 
 fn no_flow_changes_its_backend_without_need() {
     let policies = [on_backend_down::KEEP, on_backend_down::RESET];
     let mut seed = 0;
-    for protocol in [TCP, UDP] {
-        for scheduler in [scheduler::MAGLEV, scheduler::SOURCE_HASH] {
-            for policy in policies {
-                seed += 1;
-                let world = run(seed, protocol, scheduler, policy, 65536);
-                assert!(world.most_recorded > 0, "nothing was ever recorded");
-                assert_eq!(world.moved, 0, "of {} packets", world.packets);
+    for forward in [forward::DSR, forward::DNAT] {
+        for protocol in [TCP, UDP] {
+            for scheduler in [scheduler::MAGLEV, scheduler::SOURCE_HASH] {
+                for policy in policies {
+                    seed += 1;
+                    let kind = Kind {
+                        protocol,
+                        forward,
+                        scheduler,
+                    };
+                    let world = run(seed, kind, policy, 65536);
+                    assert!(world.most_recorded > 0, "nothing was ever recorded");
+                    assert_eq!(world.moved, 0, "of {} packets", world.packets);
+                }
             }
         }
     }
@@ -413,7 +484,7 @@ fn no_flow_changes_its_backend_without_need() {
 
 #[test]
 fn a_stable_pool_records_nothing() {
-    let mut world = World::new(99, TCP, scheduler::MAGLEV, on_backend_down::KEEP, 1024);
+    let mut world = World::new(99, TCP_DSR, on_backend_down::KEEP, 1024);
     for _ in 0..5000 {
         world.begin();
         world.go_on();
@@ -425,7 +496,7 @@ fn a_stable_pool_records_nothing() {
 
 #[test]
 fn a_changed_table_settles_when_its_flows_have_ended() {
-    let mut world = World::new(7, TCP, scheduler::MAGLEV, on_backend_down::KEEP, 65536);
+    let mut world = World::new(7, TCP_DSR, on_backend_down::KEEP, 65536);
     for _ in 0..500 {
         world.begin();
     }

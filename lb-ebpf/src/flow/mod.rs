@@ -14,7 +14,7 @@ use crate::{
     frame::Frame,
     maps,
     parse::{Link, Packet, TcpFlags},
-    pressure, rewrite,
+    pressure, rewrite, stateless,
     verdict::Verdict,
 };
 use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_ktime_get_coarse_ns};
@@ -23,7 +23,7 @@ use lb_common::{
     abi::{self, ticks_since},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
     client::ClientKey,
-    filter::{LANE_NAT_SOURCE, LANE_VIP},
+    filter::{LANE_NAT_SOURCE, LANE_ORIGIN, LANE_VIP},
     flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
     fragment::{Datagram, FragmentKey},
     service::forward,
@@ -225,7 +225,7 @@ pub fn follow<F: Family>(
             return Ok(outgoing);
         }
     }
-    if lane & LANE_VIP == 0 && !pressure::may_be_opening(now()) {
+    if lane & (LANE_VIP | LANE_ORIGIN) == 0 && !pressure::may_be_opening(now()) {
         return Err(Verdict::PASS);
     }
     begin::<F>(frame, link, packet, can_travel, lane)
@@ -349,16 +349,20 @@ fn begin<F: Family>(
             F::settle();
         }
     }
+    if decision == OVER && lane & LANE_VIP == 0 {
+        decision = NOT_OURS;
+    }
     if decision == OVER {
-        if lane & LANE_VIP == 0 {
-            return Err(Verdict::PASS);
-        }
         for step in [F::choose, F::record_reply, F::record_client] {
             decision = step();
             if decision != FOLLOW {
                 break;
             }
         }
+    }
+    // The port that a client's packets come from may be that of a service, or its address share the lane of a VIP.
+    if decision == NOT_OURS && !packet.flags.opens() {
+        decision = F::answer();
     }
     if decision != FOLLOW {
         return Err(ended(decision));
@@ -415,7 +419,7 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident) => {
+    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident) => {
         /// [`table::find`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -485,6 +489,20 @@ macro_rules! subprograms {
         pub extern "C" fn $note_reply() -> Decision {
             change::note_reply::<$family>()
         }
+
+        /// [`stateless::answer`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $answer() -> Decision {
+            stateless::answer::<$family>()
+        }
+
+        /// [`stateless::describe`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $describe() -> u64 {
+            stateless::describe::<$family>()
+        }
     };
 }
 
@@ -499,7 +517,9 @@ subprograms!(
     record_reply4,
     record_client4,
     revise4,
-    note_reply4
+    note_reply4,
+    answer4,
+    describe4
 );
 subprograms!(
     crate::family::V6,
@@ -512,5 +532,7 @@ subprograms!(
     record_reply6,
     record_client6,
     revise6,
-    note_reply6
+    note_reply6,
+    answer6,
+    describe6
 );

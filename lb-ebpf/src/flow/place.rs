@@ -8,17 +8,17 @@ use super::{
     table, too_big,
 };
 use crate::{
-    admit, atomic,
+    admit, atomic, checksum,
     family::Family,
     lookup, maps,
     parse::{TcpFlags, protocol},
     pressure,
     select::{self, ALL_FULL},
-    stateless, stats,
+    stateless::{self, Sender},
+    stats,
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
-    addr::Address,
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, LOCAL, NO_BACKEND},
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
@@ -47,7 +47,7 @@ pub fn choose<F: Family>() -> Decision {
     let translates = forward::translates(service.forward);
     let moves = work.moves != 0;
     work.moves = 0;
-    if !udp && !opens && translates && !moves {
+    if !udp && !opens && translates && !stateless && !moves {
         return refused(DropReason::NoFlow, number);
     }
     if service.flags & SERVICE_GUARDED != 0 && (udp || opens) {
@@ -143,6 +143,17 @@ pub fn choose<F: Family>() -> Decision {
     if exceeds(arrival.packet_len, backend.mtu.into(), arrival.ifindex) {
         return too_big(backend.mtu, number);
     }
+    if stateless && translates && work.recording == 0 {
+        let sender = Sender {
+            l2: arrival.l2,
+            ifindex: arrival.ifindex,
+            tags: arrival.tags,
+        };
+        let returns = stateless::returns::<F>(number, backend, key.src, &sender);
+        work.recording = u32::from(!returns);
+    }
+    let arrival = &work.arrival;
+    let key = &arrival.key;
     // The kernel answers a client on its own, so a local backend needs no other source.
     let mode = if service.forward == forward::NAT && backend.ifindex == LOCAL {
         forward::DNAT
@@ -253,7 +264,8 @@ pub fn record_reply<F: Family>() -> Decision {
         work.reply_key.dst = source;
     }
     let key = &work.reply_key;
-    let addresses = address_delta(key.dst, client.src) + address_delta(key.src, client.dst);
+    let addresses =
+        checksum::replaced(client.src, key.dst) + checksum::replaced(client.dst, key.src);
     // All but the port that is yet to be found.
     let sum =
         addresses + u64::from(!client.sport) + u64::from(!client.dport) + u64::from(key.sport);
@@ -271,7 +283,16 @@ pub fn record_reply<F: Family>() -> Decision {
     } else {
         1
     };
+    if work.recording == 0 {
+        work.reply_key.dport = client.sport;
+        work.reply.l4_delta = !csum::fold(sum + u64::from(client.sport));
+        return FOLLOW;
+    }
     let mut own = work.reply.forward == forward::DNAT;
+    // Packets that find no record keep their port.
+    let keeps_port = maps::SERVICES
+        .get(work.service)
+        .is_some_and(|service| service.flags & SERVICE_STATELESS != 0);
     // A port that a flow of the other table has is taken too.
     let asks_both = pressure::may_be_opening(work.arrival.now);
     for attempt in 0..PORT_TRIES {
@@ -284,6 +305,10 @@ pub fn record_reply<F: Family>() -> Decision {
         work.reply_key.dport = port;
         let mut taken = F::find(table::REPLY) != table::NONE
             || asks_both && F::opening().get_ptr(&work.reply_key).is_some();
+        if taken && keeps_port {
+            // By a packet of the same flow on another CPU: the sender repeats this one.
+            return dropped(DropReason::TableFull, work.service);
+        }
         if taken && attempt >= PORT_TRIES - RECYCLING_TRIES {
             // One that has just begun may be real.
             let any = attempt >= PORT_TRIES - LAST_TRIES;
@@ -340,7 +365,7 @@ pub fn record_client<F: Family>() -> Decision {
         }
         return FOLLOW;
     }
-    if !forward::translates(work.client.forward)
+    if work.client.forward != forward::NAT
         && let Some(cursor) = maps::CURSORS.get_ptr_mut(number)
     {
         // SAFETY: a map value, aligned to 8 bytes.
@@ -385,17 +410,4 @@ const fn no_backend(reason: DropReason, service: &Service, number: u32) -> Decis
         on_no_backend::DROP => dropped(reason, number),
         _ => refused(reason, number),
     }
-}
-
-/// What replacing `old` by `new` adds to a sum.
-#[inline(always)]
-fn address_delta<A: Address>(new: A, old: A) -> u64 {
-    let (new, old) = (new.widen(), old.widen());
-    let mut sum = 0;
-    let mut i = 0;
-    while i < A::WORDS {
-        sum += csum::word(new[i]) + csum::minus(old[i]);
-        i += 1;
-    }
-    sum
 }

@@ -11,7 +11,7 @@ use crate::{
     frame::{Cursor, Frame},
     lookup, maps, parse,
     parse::protocol,
-    rewrite, stateless, stats,
+    rewrite, stats,
     verdict::Verdict,
 };
 use aya_ebpf::bindings::xdp_md;
@@ -54,6 +54,9 @@ pub fn carry_on<F: Family>(frame: &Frame, link: &parse::Link) -> Verdict {
         return Verdict::PASS;
     };
     work.number = F::find(table::ARRIVAL);
+    if work.number == table::NONE && F::describe() == 0 {
+        return Verdict::PASS;
+    }
     rewrite::finish::<F>(frame, link, F::carry_error(frame.ctx))
 }
 
@@ -135,7 +138,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let flow = match table::flow::<F>(work.number) {
         Some(flow) => &*flow,
         None => {
-            stateless::describe::<F>(work).ok_or(Verdict::PASS)?;
+            // What `F::describe` has found.
             // SAFETY: per-CPU memory, which nothing changes before the error has left.
             unsafe { &*core::ptr::from_ref(&work.client) }
         }

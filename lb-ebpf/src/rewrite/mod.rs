@@ -2,7 +2,7 @@
 
 pub mod encap;
 pub mod l2;
-mod nat;
+pub mod nat;
 pub mod tags;
 
 use crate::{

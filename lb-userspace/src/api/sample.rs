@@ -28,6 +28,7 @@ pub(crate) fn services() -> Vec<types::Service> {
         backends_total: 2,
         idle_timeout_seconds: 900.0,
         connect_timeout_seconds: Some(1.0),
+        gateway: None,
         health: "http".into(),
         traffic: traffic(2),
     };
@@ -41,6 +42,7 @@ pub(crate) fn services() -> Vec<types::Service> {
         backends_total: 1,
         idle_timeout_seconds: 30.0,
         connect_timeout_seconds: None,
+        gateway: None,
         health: "none".into(),
         traffic: types::Traffic::default(),
     };

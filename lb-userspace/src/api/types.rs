@@ -44,6 +44,8 @@ pub struct Service {
     pub idle_timeout_seconds: f64,
     /// Seconds a handshake may take, if limited.
     pub connect_timeout_seconds: Option<f64>,
+    /// Router that answers go to whose flow is not recorded, if there are any.
+    pub gateway: Option<String>,
     /// How backends are checked: `none`, `tcp`, `tls`, `http`, `https`, `udp`, `dns`, `grpc` or `exec`.
     pub health: String,
     /// Counters.

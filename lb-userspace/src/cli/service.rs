@@ -87,7 +87,7 @@ fn list(services: &[types::Service], wide: bool) -> Table<'static> {
         ">Conns",
     ];
     if wide {
-        titles.extend(["Health", ">IdleTimeout", ">ConnectTimeout"]);
+        titles.extend(["Health", ">IdleTimeout", ">ConnectTimeout", "Gateway"]);
         titles.extend([">InPkts", ">OutPkts", ">InBytes", ">OutBytes", ">Drops"]);
     }
     let mut table = Table::new(titles);
@@ -112,6 +112,7 @@ fn list(services: &[types::Service], wide: bool) -> Table<'static> {
                     .connect_timeout_seconds
                     .map_or("-".to_owned(), span)
                     .into(),
+                gateway(service),
                 count(traffic.packets_in).into(),
                 count(traffic.packets_out).into(),
                 bytes(traffic.bytes_in).into(),
@@ -134,6 +135,11 @@ fn up(up: u32, total: u32) -> Cell {
     Cell::coloured(format!("{up}/{total}"), colour)
 }
 
+/// Where answers go whose flow is not recorded.
+fn gateway(service: &types::Service) -> Cell {
+    service.gateway.as_deref().unwrap_or("-").into()
+}
+
 /// The service in ipvsadm's manner, with what ipvsadm does not know: health.
 fn show(service: &types::Service, backends: &[types::Backend], wide: bool, colour: bool) -> String {
     let mut heading = Table::new([
@@ -144,6 +150,7 @@ fn show(service: &types::Service, backends: &[types::Backend], wide: bool, colou
         "Health",
         "IdleTimeout",
         "ConnectTimeout",
+        "Gateway",
         "Name",
     ]);
     heading.row(vec![
@@ -157,6 +164,7 @@ fn show(service: &types::Service, backends: &[types::Backend], wide: bool, colou
             .connect_timeout_seconds
             .map_or("-".to_owned(), span)
             .into(),
+        gateway(service),
         service.name.as_str().into(),
     ]);
     let mut titles = vec![
@@ -229,9 +237,9 @@ dns   [2001:db8::53]:53  udp    nat      maglev       1/1           0          0
     #[test]
     fn the_wide_listing_looks_like_this() {
         let expected = "\
-Name  Listen             Proto  Forward  Scheduler     Up  ActiveConn  InActConn  Conns  Health  IdleTimeout  ConnectTimeout  InPkts  OutPkts  InBytes  OutBytes  Drops
-web   198.51.100.10:80   tcp    nat      round-robin  1/2          24          6  24.7k  http            15m              1s  197.5k   175.3k  2.4 MiB   1.4 GiB      2
-dns   [2001:db8::53]:53  udp    nat      maglev       1/1           0          0      0  none            30s               -       0        0      0 B       0 B      0
+Name  Listen             Proto  Forward  Scheduler     Up  ActiveConn  InActConn  Conns  Health  IdleTimeout  ConnectTimeout  Gateway  InPkts  OutPkts  InBytes  OutBytes  Drops
+web   198.51.100.10:80   tcp    nat      round-robin  1/2          24          6  24.7k  http            15m              1s  -        197.5k   175.3k  2.4 MiB   1.4 GiB      2
+dns   [2001:db8::53]:53  udp    nat      maglev       1/1           0          0      0  none            30s               -  -             0        0      0 B       0 B      0
 ";
         assert_eq!(list(&sample::services(), true).render(false), expected);
     }
@@ -239,8 +247,8 @@ dns   [2001:db8::53]:53  udp    nat      maglev       1/1           0          0
     #[test]
     fn one_service_looks_as_ipvsadm_shows_it() {
         let expected = "\
-Prot  LocalAddress:Port  Scheduler    Forward  Health  IdleTimeout  ConnectTimeout  Name
-TCP   198.51.100.10:80   round-robin  nat      http    15m          1s              web
+Prot  LocalAddress:Port  Scheduler    Forward  Health  IdleTimeout  ConnectTimeout  Gateway  Name
+TCP   198.51.100.10:80   round-robin  nat      http    15m          1s              -        web
   -> RemoteAddress:Port  Forward  Weight  ActiveConn  InActConn  Admin  State  Since   Name  Reason
   -> 10.0.0.11:3001      nat           6          24          6  ready  up     3m ago  app1  L7OK 200
   -> 10.0.0.12:3002      nat           4           0          0  ready  down   7s ago  app2  L4CON connection refused

@@ -177,6 +177,8 @@ pub struct Service {
     pub table_size: u32,
     /// Whether every flow is recorded, also where hashing its packets again would find its backend.
     pub track_all: bool,
+    /// In `dnat`, the router that clients come through: where answers go whose flow is not recorded.
+    pub gateway: Option<IpAddr>,
     /// One of [`lb_common::service::on_no_backend`].
     pub on_no_backend: u8,
     /// One of [`lb_common::service::on_backend_down`].

@@ -1,7 +1,7 @@
 //! Section `[[service]]` with what is below it, and `[defaults]`.
 
 use super::{
-    Backend, Endpoint, Error, Protocol, Service,
+    Backend, Endpoint, Error, Listen, Ports, Protocol, Service,
     health::{self, HealthOptions, positive},
     read::{At, Entry, Section, closest, quote},
     value::{self, Prefix},
@@ -94,7 +94,7 @@ pub(super) fn service(
     let name_offset = entry.offset;
     section.object = format!("service {}", quote(name));
 
-    let mut known = vec!["name", "listen", "protocol", "backend"];
+    let mut known = vec!["name", "listen", "protocol", "gateway", "backend"];
     known.extend(CASCADING);
     section.only(&known)?;
 
@@ -185,11 +185,42 @@ pub(super) fn service(
         (own, true) => pick(own, &defaults.table_size).map_or(0, |at| at.value),
     };
     let track_all = pick(&own.track, &defaults.track).is_some_and(|at| at.value);
+    let gateway = section
+        .get("gateway")
+        .map(|entry| gateway(&entry, mode, listen, &backends))
+        .transpose()?;
+    let has_gateway = gateway.is_some();
+    let why = records_all(
+        (mode, has_gateway),
+        scheduler,
+        connect_timeout,
+        &backends,
+        needs,
+    );
+    if let Some(at) = &gateway {
+        if let Some(why) = &why {
+            let message = format!("{why} needs every flow recorded; remove gateway");
+            return Err(section.error(at.offset, message));
+        }
+        if track_all {
+            let message = if own.track.is_some() {
+                "gateway is there so that flows need no record, but track = \"all\" records them all; remove one"
+            } else {
+                "gateway is there so that flows need no record, but track = \"all\" in [defaults] records them all; remove it, or add track = \"changes\""
+            };
+            return Err(section.error(at.offset, message));
+        }
+    }
     if let Some(track) = &own.track
         && !track.value
-        && let Some(why) = records_all(mode, scheduler, connect_timeout, &backends, needs)
+        && let Some(why) = why
     {
-        let message = format!("{why} needs every flow recorded; remove track = \"changes\"");
+        let remedy = if mode == forward::DNAT {
+            "add gateway = \"192.0.2.1\", the router that clients come through, or remove track = \"changes\""
+        } else {
+            "remove track = \"changes\""
+        };
+        let message = format!("{why} needs every flow recorded; {remedy}");
         return Err(section.error(track.offset, message));
     }
     let health = health::resolve(
@@ -208,6 +239,7 @@ pub(super) fn service(
             scheduler,
             table_size,
             track_all,
+            gateway: gateway.map(|at| at.value),
             on_no_backend: number(
                 &own.on_no_backend,
                 &defaults.on_no_backend,
@@ -248,15 +280,16 @@ struct Needs {
     rate_of_datagrams: bool,
 }
 
-/// What makes it impossible to find a flow by hashing its packets again, if anything.
+/// What makes it impossible to find a flow by hashing its packets again, if anything. In `dnat` that is
+/// also the lack of a gateway, without which nobody knows where answers go.
 fn records_all(
-    mode: u8,
+    (mode, has_gateway): (u8, bool),
     scheduler: u8,
     connect_timeout: Option<Duration>,
     backends: &[Backend],
     needs: Needs,
 ) -> Option<String> {
-    if forward::translates(mode) {
+    if mode == forward::NAT || mode == forward::DNAT && !has_gateway {
         return Some(format!("forward {}", quote(name_of(FORWARD, mode))));
     }
     if !scheduler::hashes(scheduler) {
@@ -275,6 +308,48 @@ fn records_all(
         return Some("max_connections".to_owned());
     }
     connect_timeout.map(|_| "connect_timeout".to_owned())
+}
+
+/// The router that clients come through, if the service can do without records of its flows.
+fn gateway(
+    entry: &Entry<'_, '_>,
+    mode: u8,
+    listen: Listen,
+    backends: &[Backend],
+) -> Result<At<IpAddr>, Error> {
+    if mode != forward::DNAT {
+        let message = "gateway is for forward \"dnat\", where answers to clients come through here; remove it";
+        return Err(entry.error(message));
+    }
+    let text = entry.text("192.0.2.1")?;
+    let address = value::gateway(text).map_err(|message| entry.bad(text, message))?;
+    if address.is_ipv4() != listen.ip.is_ipv4() {
+        let (family, other) = if address.is_ipv4() {
+            ("IPv4", "IPv6")
+        } else {
+            ("IPv6", "IPv4")
+        };
+        let message =
+            format!("is {family} but the VIP is {other}; write the router's {other} address");
+        return Err(entry.bad(text, message));
+    }
+    if address == listen.ip {
+        let message = "is the VIP; write the address of the router that clients come through";
+        return Err(entry.bad(text, message));
+    }
+    if let Some(backend) = backends.iter().find(|b| b.address.ip() == address) {
+        let message = format!(
+            "is backend {}; write the address of the router that clients come through",
+            quote(&backend.name)
+        );
+        return Err(entry.bad(text, message));
+    }
+    if !matches!(listen.ports, Ports::One(_)) {
+        let message = "gateway needs a single port to listen on, which answers are sent from; write \
+                       one port in listen, or remove gateway";
+        return Err(entry.error(message));
+    }
+    Ok(entry.at(address))
 }
 
 /// The prefixes of a service's lists that are of its VIP's family.
@@ -512,7 +587,7 @@ impl Service {
     /// table changes.
     #[must_use]
     pub fn is_stateless(&self) -> bool {
-        let (mode, limit) = (self.forward, self.connect_timeout);
+        let (mode, limit) = ((self.forward, self.gateway.is_some()), self.connect_timeout);
         let needs = Needs {
             affinity: !self.affinity.is_zero(),
             rate_of_datagrams: self.protocol == Protocol::Udp && self.max_new_per_source != 0,

@@ -71,6 +71,7 @@ fn the_minimal_example_has_the_documented_defaults() {
             scheduler: scheduler::MAGLEV,
             table_size: 0,
             track_all: false,
+            gateway: None,
             on_no_backend: on_no_backend::RESET,
             on_backend_down: on_backend_down::KEEP,
             idle_timeout: Duration::from_secs(900),

@@ -139,6 +139,15 @@ pub(super) fn bare(text: &str) -> Option<IpAddr> {
     }
 }
 
+/// The address of a router.
+pub(super) fn gateway(text: &str) -> Result<IpAddr, String> {
+    let address = bare(text).ok_or_else(|| {
+        "is not an address; write it like \"192.0.2.1\" or \"2001:db8::1\"".to_owned()
+    })?;
+    usable(address)?;
+    Ok(address)
+}
+
 /// A backend's address; `port` is used when it has none.
 pub(super) fn backend(text: &str, port: u16) -> Result<SocketAddr, String> {
     let address = match bare(text) {
@@ -419,6 +428,7 @@ mod tests {
             let _ = duration(&text);
             let _ = listen(&text);
             let _ = backend(&text, 80);
+            let _ = gateway(&text);
             let _ = range(&text, 1, 65535);
             let _ = text.parse::<Prefix>();
             let _ = rate(&text);

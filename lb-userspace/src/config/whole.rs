@@ -9,11 +9,14 @@ use lb_common::{
     },
 };
 
-use super::{Endpoint, Error, Limits, Listen, Protocol, Service, read::Section, service::Placed};
+use super::{
+    Backend, Endpoint, Error, Limits, Listen, Ports, Protocol, Service, read::Section,
+    service::Placed,
+};
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
     hash::Hash,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 /// Checks services against each other and against the limits.
@@ -54,6 +57,7 @@ pub(super) fn check(
     for placed in services {
         backends(root, placed, &vips)?;
     }
+    origins(root, services)?;
     room(root, limits, limits_offset, services)
 }
 
@@ -146,6 +150,54 @@ fn backends(
     Ok(())
 }
 
+/// Refuses services that share a backend with one that tells answers by the backend they come from.
+fn origins(root: &Section<'_>, services: &[Placed]) -> Result<(), Error> {
+    type Origins<'a> = HashMap<(IpAddr, Protocol), BTreeMap<u16, (&'a Placed, usize)>>;
+    let place = |placed: &Placed, backend: &Backend| {
+        let ip = backend.address.ip();
+        (ip, placed.service.protocol)
+    };
+    let mut origins = Origins::new();
+    for placed in services.iter().filter(|p| p.service.gateway.is_some()) {
+        for (backend, &offset) in placed.service.backends.iter().zip(&placed.backends) {
+            let of_address = origins.entry(place(placed, backend)).or_default();
+            of_address
+                .entry(backend.address.port())
+                .or_insert((placed, offset));
+        }
+    }
+    let translating = |p: &&Placed| forward::translates(p.service.forward);
+    for placed in services.iter().filter(translating) {
+        let service = &placed.service;
+        for (backend, &offset) in service.backends.iter().zip(&placed.backends) {
+            let Some(of_address) = origins.get(&place(placed, backend)) else {
+                continue;
+            };
+            // A backend without a port has those that packets are sent to.
+            let (first, last) = match (backend.address.port(), service.listen.ports) {
+                (0, Ports::Any) => (1, u16::MAX),
+                (0, ports) => ports.keys(),
+                (port, _) => (port, port),
+            };
+            let mut shared = of_address.range(first..=last);
+            if let Some((port, (other, their_offset))) =
+                shared.find(|(_, (other, _))| !std::ptr::eq(*other, placed))
+            {
+                let message = format!(
+                    "backend \"{}\": answers from {} are for service \"{}\", because of its gateway and the \
+                     backend in line {}; use another address or port, or remove that gateway",
+                    backend.name,
+                    SocketAddr::new(backend.address.ip(), *port),
+                    other.service.name,
+                    root.source.line(*their_offset)
+                );
+                return Err(refuse(root, service, offset, &message));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Whether the maps that are made by the limits hold what is configured.
 fn room(
     root: &Section<'_>,
@@ -165,14 +217,24 @@ fn room(
         return Err(too_small("services", limits.services, count, &what));
     }
     for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
-        let count: u64 = services
-            .iter()
-            .map(|placed| &placed.service.listen)
-            .filter(|listen| listen.ip.is_ipv4() == is_v4)
-            .map(|listen| u64::from(listen.ports.count()))
+        let of_family = || {
+            let services = services.iter().map(|placed| &placed.service);
+            services.filter(|service| service.vip().is_ipv4() == is_v4)
+        };
+        let ports: u64 = of_family()
+            .map(|service| u64::from(service.listen.ports.count()))
             .sum();
+        // Where answers come from is kept in the same maps.
+        let origins: u64 = of_family()
+            .filter(|service| service.gateway.is_some())
+            .map(|service| service.backends.len() as u64)
+            .sum();
+        let count = ports + origins;
         if count > u64::from(limits.listeners) {
-            let what = format!("{count} ports on {family} VIPs");
+            let mut what = format!("{ports} ports on {family} VIPs");
+            if origins > 0 {
+                what += &format!(" and {origins} backends of services with a gateway");
+            }
             return Err(too_small("listeners", limits.listeners, count, &what));
         }
     }

@@ -90,6 +90,8 @@ struct Daemon {
     local: watch::Receiver<Arc<HashSet<IpAddr>>>,
     /// Services whose maps may not be true.
     dirty: HashSet<ServiceKey>,
+    /// Gateways of services that cannot be reached, and why, as it was last said.
+    lost_gateways: HashMap<ServiceKey, (IpAddr, String)>,
     /// Since when backends that were removed wait for their flows.
     retiring: HashMap<(ServiceKey, SocketAddr), Instant>,
     /// Drops of the kinds that are warned of.
@@ -295,7 +297,8 @@ impl Daemon {
         if before != hop {
             let sharing = |service: &crate::model::Service| {
                 let backends = &service.config.backends;
-                backends.iter().any(|b| b.address.ip() == address)
+                service.config.gateway == Some(address)
+                    || backends.iter().any(|b| b.address.ip() == address)
             };
             for service in self.model.services() {
                 if sharing(service) {
@@ -308,6 +311,7 @@ impl Daemon {
                 }
             }
         }
+        self.note_gateway(address, &way);
         // Only `dsr` needs the backend itself to be the next hop.
         let direct = match self.resolutions.get(&address) {
             Some(Resolution::Resolved(hop)) => hop.direct,
@@ -330,6 +334,38 @@ impl Daemon {
         let changes = self.model.set_path(address, way, except, Instant::now());
         for change in changes {
             self.note(Some(change));
+        }
+    }
+
+    /// Says of services whose gateway this is whether it can be reached, once.
+    fn note_gateway(&mut self, address: IpAddr, way: &Way) {
+        let is_local = matches!(self.resolutions.get(&address), Some(Resolution::Local));
+        let blocked = match way {
+            Way::Blocked(reason) => Some(reason.clone()),
+            _ if is_local => Some(format!("{address} is an address of this host")),
+            _ => None,
+        };
+        for service in self.model.services() {
+            if service.config.gateway != Some(address) {
+                continue;
+            }
+            let (key, name) = (service.key(), &service.config.name);
+            match &blocked {
+                Some(reason) => {
+                    let lost = (address, reason.clone());
+                    if self.lost_gateways.insert(key, lost.clone()) != Some(lost) {
+                        warn!(
+                            "service {name}: gateway {address} cannot be reached: {reason}; new flows are \
+                             recorded, and answers of those that are not are dropped until it can"
+                        );
+                    }
+                }
+                None => {
+                    if self.lost_gateways.remove(&key).is_some() {
+                        info!("service {name}: gateway {address} can be reached again");
+                    }
+                }
+            }
         }
     }
 
@@ -455,6 +491,9 @@ impl Daemon {
             self.serve_local(&name)?;
         }
         let local = Arc::clone(&self.local.borrow());
+        // Before a service that does not record its flows can take a connection of the host's own for one.
+        let held = self.reconciler.hold(&local);
+        self.carry_out(&held)?;
         let wanted: Vec<reconcile::Service> = self
             .model
             .services()
@@ -478,6 +517,9 @@ impl Daemon {
         if result.is_err() {
             let limits = &self.config.limits;
             let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+            // What adoption makes of the filter knows these already.
+            reconciler.hold(&self.local.borrow());
+            reconciler.add_nat_sources(&self.config.daemon.nat_sources);
             let repairs = reconciler.adopt(apply::find(&self.dataplane.maps)?);
             self.reconciler = reconciler;
             apply::apply(&self.dataplane.maps, &repairs)?;
@@ -721,7 +763,15 @@ impl Daemon {
             .collect();
         self.checker.set(targets);
         let mut addresses = self.model.addresses();
-        addresses.extend(self.reconciler.retiring().map(|(_, a, _)| a.ip()));
+        // Also of those that are configured no longer, and wait for their flows to end.
+        addresses.extend(self.reconciler.records().map(|(_, a, _)| a.ip()));
+        let services = self.model.services().iter();
+        let gateways: HashMap<ServiceKey, IpAddr> = services
+            .filter_map(|service| Some((service.key(), service.config.gateway?)))
+            .collect();
+        addresses.extend(gateways.values());
+        self.lost_gateways
+            .retain(|service, (gateway, _)| gateways.get(service) == Some(gateway));
         self.resolutions.retain(|a, _| addresses.contains(a));
         self.hops.retain(|a, _| addresses.contains(a));
         self.neighbours.set_targets(addresses);
@@ -1030,6 +1080,7 @@ fn wanted(
         access: own.rules().collect(),
         table_size: own.table_size,
         stateless: own.is_stateless(),
+        gateway: own.gateway,
         idle_timeout: own.idle_timeout,
         answer_arp: config.daemon.answer_arp && !local.contains(&own.vip()),
         held: local.contains(&own.vip()),

@@ -21,14 +21,14 @@ use lb_common::{
     abi::Settings,
     addr::{from_ipv4, from_ipv6, to_ip},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED},
-    service::Interface,
+    service::{GATEWAY_RESOLVED, Interface},
 };
 use std::{
     collections::{HashMap, HashSet},
     fs,
     hash::{BuildHasher as _, RandomState},
     io,
-    net::{Ipv4Addr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path,
     sync::Arc,
@@ -123,7 +123,10 @@ async fn prepare(
 ) -> Result<(Daemon, Events)> {
     let limits = &config.limits;
     let mut reconciler = Reconciler::new(limits.services, limits.backends, limits.slots);
+    let held = Arc::new(neigh::local_addresses().await?);
     if dataplane.adopted() {
+        // What adoption makes of the filter knows these already.
+        reconciler.hold(&held);
         let found = apply::find(&dataplane.maps).context("cannot read the adopted maps")?;
         let repairs = reconciler.adopt(found);
         apply::apply(&dataplane.maps, &repairs)?;
@@ -132,7 +135,6 @@ async fn prepare(
     model.configure(&config.services, Instant::now());
     let (checker, results) = Checker::spawn();
     let (neighbours, ways) = Neighbours::spawn(model.addresses())?;
-    let held = Arc::new(neigh::local_addresses().await?);
     let mut local = neighbours.local_addresses();
     let mut daemon = Daemon {
         file: file.to_owned(),
@@ -149,6 +151,7 @@ async fn prepare(
         resolutions: HashMap::new(),
         local: watch::channel(held).1,
         dirty: HashSet::new(),
+        lost_gateways: HashMap::new(),
         retiring: HashMap::new(),
         warned: HashMap::new(),
         limited: Told::default(),
@@ -214,11 +217,10 @@ fn inherit(daemon: &mut Daemon) {
     for (service, address, record) in daemon.reconciler.records() {
         let resolved = record.flags & BACKEND_RESOLVED != 0;
         if resolved {
-            let l2: [u8; 12] = bytemuck::cast(record.l2);
-            let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = l2;
+            let (destination, source) = ends(record.l2);
             let hop = Hop {
-                destination: [d0, d1, d2, d3, d4, d5],
-                source: [s0, s1, s2, s3, s4, s5],
+                destination,
+                source,
                 ifindex: record.ifindex,
                 tags: record.tags,
                 address: to_ip(record.family, &record.source),
@@ -236,6 +238,40 @@ fn inherit(daemon: &mut Daemon) {
             .model
             .inherit(key, Inherited { alive, resolved }, now);
     }
+    let mut backends = daemon.model.addresses();
+    backends.extend(daemon.reconciler.records().map(|(_, a, _)| a.ip()));
+    for (service, record) in daemon.reconciler.gateways() {
+        let service = continued.get(&service).copied().unwrap_or(service);
+        let mut services = daemon.config.services.iter();
+        let gateway = services
+            .find(|config| ServiceKey::from(*config) == service)
+            .and_then(|config| config.gateway);
+        let Some(gateway) = gateway.filter(|gateway| !backends.contains(gateway)) else {
+            continue;
+        };
+        if record.flags & GATEWAY_RESOLVED != 0 {
+            let (destination, source) = ends(record.l2);
+            let hop = Hop {
+                destination,
+                source,
+                ifindex: record.ifindex,
+                tags: record.tags,
+                // Nothing is sent from it.
+                address: match gateway {
+                    IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                },
+                mtu: record.mtu.into(),
+            };
+            daemon.hops.insert(gateway, hop);
+        }
+    }
+}
+
+/// Destination and source of an Ethernet header's addresses.
+fn ends(l2: [u32; 3]) -> ([u8; 6], [u8; 6]) {
+    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = bytemuck::cast::<_, [u8; 12]>(l2);
+    ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5])
 }
 
 /// Waits until every backend is known to be up or down, but not for ever.

@@ -48,6 +48,7 @@ impl Daemon {
                 backends_total: u32::try_from(service.backends.len()).unwrap_or(u32::MAX),
                 idle_timeout_seconds: config.idle_timeout.as_secs_f64(),
                 connect_timeout_seconds: config.connect_timeout.map(|t| t.as_secs_f64()),
+                gateway: config.gateway.map(|gateway| gateway.to_string()),
                 health: config.health.check.name().to_owned(),
                 traffic,
             });

@@ -23,7 +23,10 @@ use lb_common::{
     local::{PEER_VIP, Peer, PeerKey},
     names::{self, name_of},
     probe::ProbeTarget,
-    service::{Interface, Service, ServiceKey, VIP_ANSWER_ARP, VIP_HELD, Vip},
+    service::{
+        GATEWAY_RESOLVED, Gateway, Interface, ORIGIN, Service, ServiceKey, VIP_ANSWER_ARP,
+        VIP_HELD, Vip,
+    },
     stats::{Counters, DropReason},
     vlan,
 };
@@ -80,6 +83,7 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "services4" => listeners(&maps.services4, emit),
         "services6" => listeners(&maps.services6, emit),
         "services" => array(&maps.services, emit, service),
+        "gateways" => array(&maps.gateways, emit, gateway),
         "backends" => array(&maps.backends, emit, backend),
         "slots" => array(
             &maps.slots,
@@ -252,6 +256,10 @@ fn address_filter(map: &SharedArray<u64>, emit: Emit<'_>) -> io::Result<()> {
                 "vip": bits & filter::LANE_VIP != 0,
                 "any_port": bits & filter::LANE_ANY_PORT != 0,
                 "nat_source": bits & filter::LANE_NAT_SOURCE != 0,
+                "stateless": bits & filter::LANE_STATELESS != 0,
+                "backend": bits & filter::LANE_BACKEND != 0,
+                "origin": bits & filter::LANE_ORIGIN != 0,
+                "held": bits & filter::LANE_HELD != 0,
             }))?;
         }
     }
@@ -317,20 +325,26 @@ fn vip<A: Address>(address: &A, vip: &Vip) -> Value {
 
 fn listeners<A: Bucketed>(map: &Listeners<A>, emit: Emit<'_>) -> io::Result<()> {
     let mut result = Ok(());
-    map.each(|key, service| {
+    map.each(|key, number| {
         if result.is_ok() {
-            result = emit(service_key(key, service));
+            result = emit(listener(key, number));
         }
     });
     result
 }
 
-fn service_key<A: Address>(key: &ServiceKey<A>, service: u32) -> Value {
+/// What a packet is for, or what an answer comes from.
+fn listener<A: Address>(key: &ServiceKey<A>, number: u32) -> Value {
+    let of = if key.protocol & ORIGIN == 0 {
+        "service"
+    } else {
+        "backend"
+    };
     json!({
         "address": ip(key.vip),
         "port": port(key.port),
-        "protocol": protocol(key.protocol.into()),
-        "service": service,
+        "protocol": protocol((key.protocol & !ORIGIN).into()),
+        of: number,
     })
 }
 
@@ -345,6 +359,27 @@ fn service(index: u32, service: Service) -> Value {
         "scheduler": name_of(names::SCHEDULER, service.scheduler),
         "on_no_backend": name_of(names::ON_NO_BACKEND, service.on_no_backend),
         "on_backend_down": name_of(names::ON_BACKEND_DOWN, service.on_backend_down),
+    })
+}
+
+/// An IPv4 address stands in the first word.
+fn gateway(index: u32, gateway: Gateway) -> Value {
+    let (destination, source) = macs(&gateway.l2);
+    let family = if gateway.vip[1..] == [0; 3] {
+        addr::FAMILY_V4
+    } else {
+        addr::FAMILY_V6
+    };
+    json!({
+        "service": index,
+        "vip": addr::to_ip(family, &gateway.vip),
+        "port": port(gateway.port),
+        "next_hop": destination,
+        "source_mac": source,
+        "ifindex": gateway.ifindex,
+        "vlans": vlans(gateway.tags),
+        "mtu": gateway.mtu,
+        "resolved": gateway.flags & GATEWAY_RESOLVED != 0,
     })
 }
 

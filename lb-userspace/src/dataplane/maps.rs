@@ -19,7 +19,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Cursor, Interface, Service, Vip},
+    service::{Cursor, Gateway, Interface, Service, Vip},
     stats::Counters,
 };
 use std::{
@@ -93,6 +93,8 @@ maps! {
     services6: Listeners<V6>,
     /// Services by number.
     services: SharedArray<Service>,
+    /// The way of answers that no flow is recorded for, by service number.
+    gateways: SharedArray<Gateway>,
     /// Backends by number.
     backends: SharedArray<Backend>,
     /// Selection tables, one after the other.

@@ -502,7 +502,7 @@ fn limit_of(name: &str) -> Option<(&'static str, u32)> {
     match name {
         "vips4" | "vips6" => Some(("services", 0)),
         "services4" | "services6" => Some(("listeners", 0)),
-        "services" | "cursors" | "service_stats" => Some(("services", 1)),
+        "services" | "gateways" | "cursors" | "service_stats" => Some(("services", 1)),
         "backends" | "backend_load" | "backend_stats" | "probe_targets" => Some(("backends", 1)),
         "slots" => Some(("slots", 0)),
         "flows4" | "flows6" | "flow_sets4" | "flow_sets6" => Some(("flows", 0)),

@@ -8,7 +8,7 @@ use lb_common::{
     abi::{ABI_VERSION, MAGIC, Settings},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
     flow::{Flow, FlowKey, state},
-    service::{Service, Vip},
+    service::{GATEWAY_RESOLVED, Gateway, Service, ServiceKey, Vip},
     stats::Counters,
 };
 use std::{
@@ -875,6 +875,15 @@ fn maps_are_dumped_by_field() {
             .add(&key, &flow)
             .unwrap()
     );
+    let gateway = Gateway {
+        vip: [key.dst, 0, 0, 0],
+        port: key.dport,
+        flags: GATEWAY_RESOLVED,
+        ..Gateway::zeroed()
+    };
+    maps.gateways.store(2, gateway);
+    let origin = ServiceKey::origin(u32::from_ne_bytes([10, 0, 0, 11]), 3001u16.to_be(), 6);
+    maps.services4.insert(&origin, 1).unwrap();
 
     let dumped = |name: &str| {
         let mut values = Vec::new();
@@ -898,6 +907,16 @@ fn maps_are_dumped_by_field() {
     assert_eq!(flows[0]["protocol"], "tcp");
     assert_eq!(flows[0]["state"], "ESTABLISHED");
     assert_eq!(dumped("backend_load")[0]["opened"], 4);
+    let gateways = dumped("gateways");
+    assert_eq!(gateways[0]["service"], 2);
+    assert_eq!(gateways[0]["vip"], "198.51.100.10");
+    assert_eq!(gateways[0]["port"], 80);
+    assert_eq!(gateways[0]["resolved"], true);
+    let origin = &dumped("services4")[0];
+    assert_eq!(origin["address"], "10.0.0.11");
+    assert_eq!(origin["protocol"], "tcp");
+    assert_eq!(origin["backend"], 1);
+    assert!(origin.get("service").is_none(), "{origin}");
     for name in NAMES {
         dumped(name);
     }

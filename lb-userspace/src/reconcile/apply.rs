@@ -8,15 +8,15 @@ use crate::{
 };
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
-    addr::{from_ipv4, from_ipv6},
+    addr::{Address, from_ipv4, from_ipv6},
     backend::Load,
     client::{ALLOW, AccessKey, ClientKey, DENY, SERVICE_BITS},
-    service::{Service, ServiceKey, Vip},
+    service::{ORIGIN, Service, ServiceKey, Vip},
 };
 use std::{
     collections::HashMap,
     mem::offset_of,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     sync::atomic::Ordering,
 };
@@ -99,6 +99,41 @@ fn step(maps: &Maps, op: &Op) -> Result<()> {
             maps.services.store(*number, *record);
             ensure!(maps.services.read(*number) == *record, "reads differently");
         }
+        Op::Gateway { number, record } => {
+            maps.gateways.store(*number, *record);
+            ensure!(maps.gateways.read(*number) == *record, "reads differently");
+        }
+        Op::PublishOrigin {
+            address,
+            protocol,
+            number,
+        } => {
+            let found = match address.ip() {
+                IpAddr::V4(a) => {
+                    let key = origin_key(from_ipv4(a), *address, *protocol);
+                    maps.services4.insert(&key, *number)?;
+                    maps.services4.get(&key)
+                }
+                IpAddr::V6(a) => {
+                    let key = origin_key(from_ipv6(a), *address, *protocol);
+                    maps.services6.insert(&key, *number)?;
+                    maps.services6.get(&key)
+                }
+            };
+            ensure!(found == Some(*number), "reads differently");
+        }
+        Op::WithdrawOrigin { address, protocol } => {
+            match address.ip() {
+                IpAddr::V4(a) => {
+                    let key = origin_key(from_ipv4(a), *address, *protocol);
+                    maps.services4.remove(&key)
+                }
+                IpAddr::V6(a) => {
+                    let key = origin_key(from_ipv6(a), *address, *protocol);
+                    maps.services6.remove(&key)
+                }
+            };
+        }
         Op::Vip { address, flags } => {
             let vip = Vip { flags: *flags };
             match address {
@@ -172,8 +207,12 @@ fn ports(id: &Key) -> RangeInclusive<u16> {
     first..=last
 }
 
-fn key<A: lb_common::addr::Address>(vip: A, port: u16, id: &Key) -> ServiceKey<A> {
+fn key<A: Address>(vip: A, port: u16, id: &Key) -> ServiceKey<A> {
     ServiceKey::new(vip, port.to_be(), id.protocol.number())
+}
+
+fn origin_key<A: Address>(ip: A, address: SocketAddr, protocol: Protocol) -> ServiceKey<A> {
+    ServiceKey::origin(ip, address.port().to_be(), protocol.number())
 }
 
 fn describe(op: &Op) -> String {
@@ -189,6 +228,13 @@ fn describe(op: &Op) -> String {
             format!("map slots: table at {first}")
         }
         Op::Service { number, .. } => format!("map services: service {number}"),
+        Op::Gateway { number, .. } => format!("map gateways: service {number}"),
+        Op::PublishOrigin {
+            address, protocol, ..
+        }
+        | Op::WithdrawOrigin { address, protocol } => {
+            format!("map services: backend {address}/{}", protocol.name())
+        }
         Op::Vip { address, .. } | Op::RemoveVip { address } => format!("map vips: {address}"),
         Op::Publish { id, .. } | Op::Withdraw { id } => {
             format!("map services: {id}")
@@ -204,12 +250,12 @@ fn describe(op: &Op) -> String {
 pub fn find(maps: &Maps) -> Result<Found> {
     let mut found = Found::default();
     maps.services4.each(|key, number| {
-        let vip = IpAddr::V4(Ipv4Addr::from(key.vip.to_ne_bytes()));
-        found.services.extend(service(vip, key, number));
+        let address = IpAddr::V4(Ipv4Addr::from(key.vip.to_ne_bytes()));
+        note_listener(&mut found, address, key, number);
     });
     maps.services6.each(|key, number| {
-        let vip = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(key.vip)));
-        found.services.extend(service(vip, key, number));
+        let address = IpAddr::V6(Ipv6Addr::from(bytemuck::cast::<_, [u8; 16]>(key.vip)));
+        note_listener(&mut found, address, key, number);
     });
     maps.vips4.iter_batches(|address, vip| {
         let address = IpAddr::V4(Ipv4Addr::from(address.to_ne_bytes()));
@@ -233,13 +279,16 @@ pub fn find(maps: &Maps) -> Result<Found> {
         .filter(|(_, number)| *number < maps.services.len())
         .map(|(_, number)| (*number, maps.services.read(*number)))
         .collect::<HashMap<_, _>>();
+    found.gateways = (0..maps.gateways.len())
+        .map(|number| (number, maps.gateways.read(number)))
+        .filter(|(_, record)| *record != bytemuck::Zeroable::zeroed())
+        .collect();
     let tables = |record: &Service| [record.table, record.members];
     for table in found.records.values().flat_map(tables) {
         let (first, len) = Service::unpack_table(table);
-        if first
-            .checked_add(len)
-            .is_some_and(|end| end <= maps.slots.len())
-        {
+        let end = first.checked_add(len);
+        // None at all seems to be at the first slot, where there may be one.
+        if len > 0 && end.is_some_and(|end| end <= maps.slots.len()) {
             let slots = (first..first + len).map(|slot| maps.slots.read(slot));
             found.tables.insert(first, slots.collect());
         }
@@ -257,16 +306,98 @@ fn note_rule<A>(found: &mut Found, key: &AccessKey<A>, address: IpAddr, rule: u3
     rules.insert(Prefix { address, bits }, rule == ALLOW);
 }
 
-fn service<A>(vip: IpAddr, key: &ServiceKey<A>, number: u32) -> Option<(Key, u32)> {
-    let protocol = match key.protocol {
+fn note_listener<A>(found: &mut Found, ip: IpAddr, key: &ServiceKey<A>, number: u32) {
+    let protocol = match key.protocol & !ORIGIN {
         6 => Protocol::Tcp,
         17 => Protocol::Udp,
-        _ => return None,
+        _ => return,
     };
     let port = u16::from_be(key.port);
-    let listen = Listen {
-        ip: vip,
-        ports: Ports::span(port, port),
-    };
-    Some((Key { listen, protocol }, number))
+    if key.protocol & ORIGIN != 0 {
+        let address = SocketAddr::new(ip, port);
+        found.origins.push((address, protocol, number));
+        return;
+    }
+    let ports = Ports::span(port, port);
+    let listen = Listen { ip, ports };
+    found.services.push((Key { listen, protocol }, number));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Limits, dataplane::Dataplane};
+    use bytemuck::Zeroable as _;
+    use lb_common::{addr::from_ip, backend::Slot, service::Gateway};
+
+    fn maps() -> Maps {
+        let limits = Limits {
+            flows: 64,
+            services: 4,
+            listeners: 64,
+            backends: 4,
+            slots: 64,
+            ..Limits::DEFAULT
+        };
+        let settings = bytemuck::Zeroable::zeroed();
+        let dataplane = Dataplane::load_unpinned(&limits, settings);
+        dataplane.expect("root, and a kernel with XDP").maps
+    }
+
+    #[test]
+    fn the_table_at_the_first_slot_is_found_again() {
+        let maps = maps();
+        let id = Key {
+            listen: "198.51.100.10:80".parse().unwrap(),
+            protocol: Protocol::Tcp,
+        };
+        let record = Service {
+            table: Service::pack_table(0, 2),
+            ..Service::zeroed()
+        };
+        let (first, number) = (0, 1);
+        let slots = vec![Slot::settled(1), Slot::settled(2)];
+        let ops = [
+            Op::Slots {
+                first,
+                slots: slots.clone(),
+            },
+            Op::Service { number, record },
+            Op::Publish { id, number },
+        ];
+        apply(&maps, &ops).unwrap();
+        let found = find(&maps).unwrap();
+        assert_eq!(found.services, [(id, number)]);
+        assert_eq!(found.tables, [(first, slots)].into());
+    }
+
+    #[test]
+    fn what_answers_are_known_by_is_found_again() {
+        let maps = maps();
+        let protocol = Protocol::Udp;
+        let addresses = ["10.0.0.11:3001", "[2001:db8::11]:3001"].map(|a| a.parse().unwrap());
+        let record = Gateway {
+            vip: from_ip("2001:db8::1".parse().unwrap()),
+            ..Gateway::zeroed()
+        };
+        let number = 4;
+        apply(&maps, &[Op::Gateway { number, record }]).unwrap();
+        for (number, address) in (1..).zip(addresses) {
+            let publish = Op::PublishOrigin {
+                address,
+                protocol,
+                number,
+            };
+            apply(&maps, &[publish]).unwrap();
+        }
+        let found = find(&maps).unwrap();
+        assert_eq!(found.gateways, [(4, record)].into());
+        let origins = [(addresses[0], protocol, 1), (addresses[1], protocol, 2)];
+        assert_eq!(found.origins, origins);
+        assert!(found.services.is_empty(), "{:?}", found.services);
+        for address in addresses {
+            apply(&maps, &[Op::WithdrawOrigin { address, protocol }]).unwrap();
+        }
+        assert_eq!(find(&maps).unwrap().origins, []);
+    }
 }

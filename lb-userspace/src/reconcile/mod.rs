@@ -13,6 +13,7 @@ pub mod apply;
 mod delta;
 mod filter;
 mod keys;
+mod origins;
 pub mod plan;
 mod slots;
 

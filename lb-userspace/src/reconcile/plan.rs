@@ -4,21 +4,26 @@ use super::{
     delta::{Changes, Delta},
     filter::Filter,
     keys::{self, Keys},
+    origins::{Origin, Origins},
     slots::{Region, SlotSpace},
 };
 use crate::{
-    config::{Endpoint, Ports, Prefix},
+    config::{Endpoint, Ports, Prefix, Protocol},
     model::{self, ServiceKey},
     scheduler::{self, Member},
 };
 use anyhow::{Result, anyhow};
 use lb_common::{
     addr::{FAMILY_V4, FAMILY_V6, from_ip, to_ip},
-    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, NO_BACKEND, Slot},
-    filter::{LANE_ANY_PORT, LANE_BACKEND, LANE_NAT_SOURCE, LANE_STATELESS, LANE_VIP},
+    backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend as BackendRecord, LOCAL, NO_BACKEND, Slot},
+    filter::{
+        LANE_ANY_PORT, LANE_BACKEND, LANE_HELD, LANE_NAT_SOURCE, LANE_ORIGIN, LANE_STATELESS,
+        LANE_VIP,
+    },
     service::{
-        SERVICE_GUARDED, SERVICE_LIMITED, SERVICE_LISTED, SERVICE_PLURAL, SERVICE_STATELESS,
-        Service as ServiceRecord, VIP_ANSWER_ARP, VIP_HELD, forward, scheduler as schedulers,
+        GATEWAY_RESOLVED, Gateway as GatewayRecord, SERVICE_GUARDED, SERVICE_LIMITED,
+        SERVICE_LISTED, SERVICE_PLURAL, SERVICE_STATELESS, Service as ServiceRecord,
+        VIP_ANSWER_ARP, VIP_HELD, forward, scheduler as schedulers,
     },
 };
 use std::{
@@ -58,6 +63,9 @@ pub struct Service {
     pub table_size: u32,
     /// Whether its flows are found by hashing again, and recorded only where the table changes.
     pub stateless: bool,
+    /// The router that answers go to whose flow is not recorded. Only in `dnat`, and there in every service
+    /// that is stateless.
+    pub gateway: Option<IpAddr>,
     /// How long a flow of it may be silent.
     pub idle_timeout: Duration,
     /// Whether ARP and neighbour discovery for its VIP are answered.
@@ -166,6 +174,29 @@ pub enum Op {
         /// What it becomes.
         record: ServiceRecord,
     },
+    /// Writes what becomes of answers of a service whose flow is not recorded.
+    Gateway {
+        /// Service number.
+        number: u32,
+        /// What it becomes.
+        record: GatewayRecord,
+    },
+    /// Lets answers be known by the backend they come from.
+    PublishOrigin {
+        /// Address and port of the backend.
+        address: SocketAddr,
+        /// Protocol of its service.
+        protocol: Protocol,
+        /// Backend number.
+        number: u32,
+    },
+    /// Answers are known by the backend they come from no longer.
+    WithdrawOrigin {
+        /// Address and port of the backend.
+        address: SocketAddr,
+        /// Protocol of its service.
+        protocol: Protocol,
+    },
     /// Announces a VIP.
     Vip {
         /// The VIP.
@@ -205,6 +236,9 @@ pub struct Reconciler {
     filter: Filter,
     /// Addresses that `nat` sends from whatever the backend.
     nat_sources: HashSet<IpAddr>,
+    /// Addresses that the kernel holds.
+    local: HashSet<IpAddr>,
+    origins: Origins,
     /// Services on each VIP, and its flags.
     vips: HashMap<IpAddr, (u32, u32)>,
 }
@@ -223,6 +257,8 @@ struct Held {
     members_digest: u64,
     /// What decides about clients.
     access: BTreeMap<Prefix, bool>,
+    /// What becomes of answers; zero if all its flows are recorded.
+    gateway: GatewayRecord,
     /// What of the table changed lately, in a stateless service.
     delta: Option<Delta>,
     /// How long a flow of it may be silent.
@@ -280,6 +316,8 @@ pub struct Table {
     pub len: u32,
     /// Whether the client's address alone tells the slot.
     pub by_source: bool,
+    /// The forward mode of packets that follow it.
+    pub forward: u8,
     /// Raised with every change of an owner.
     pub version: u64,
 }
@@ -289,7 +327,7 @@ pub struct Table {
 pub struct Settling {
     /// [`Table::version`] of what was looked at.
     pub version: u64,
-    /// Slots that were closing, and had no flow with another backend than theirs.
+    /// Slots that were closing, and had no flow that only its record leads right.
     pub settled: Vec<u32>,
     /// Slots that were settled although they have one.
     pub strayed: Vec<u32>,
@@ -308,6 +346,10 @@ pub struct Found {
     pub tables: HashMap<u32, Vec<Slot>>,
     /// What decides about clients, by service number.
     pub access: HashMap<u32, BTreeMap<Prefix, bool>>,
+    /// Every element of map `gateways` that is in use, by its number.
+    pub gateways: HashMap<u32, GatewayRecord>,
+    /// What answers are known by, and the backend's number.
+    pub origins: Vec<(SocketAddr, Protocol, u32)>,
     /// VIPs and their flags.
     pub vips: Vec<(IpAddr, u32)>,
 }
@@ -325,6 +367,8 @@ impl Reconciler {
             space: SlotSpace::new(slots),
             filter: Filter::default(),
             nat_sources: HashSet::new(),
+            local: HashSet::new(),
+            origins: Origins::default(),
             vips: HashMap::new(),
         }
     }
@@ -385,6 +429,11 @@ impl Reconciler {
                     digest,
                     members_digest: digest_of(&owners_in(own_members(&record))),
                     access: found.access.remove(number).unwrap_or_default(),
+                    gateway: if has_gateway(&record) {
+                        found.gateways.remove(number).unwrap_or_else(no_gateway)
+                    } else {
+                        no_gateway()
+                    },
                     delta: stateless.then(|| Delta::adopt(slots, replaced)),
                     idle_timeout: Duration::ZERO,
                     table_size: 0,
@@ -395,6 +444,10 @@ impl Reconciler {
                 self.filter.add(id.listen.ip, LANE_STATELESS);
             }
         }
+        for number in found.gateways.into_keys() {
+            let record = no_gateway();
+            ops.push(Op::Gateway { number, record });
+        }
         for (number, access) in found.access {
             ops.extend(changed_access(number, &access, &BTreeMap::new()).1);
         }
@@ -403,6 +456,11 @@ impl Reconciler {
             .iter()
             .map(|(id, held)| (held.number, *id))
             .collect();
+        let mut origins: HashMap<Origin, u32> = found
+            .origins
+            .into_iter()
+            .map(|(address, protocol, number)| ((address, protocol), number))
+            .collect();
         for (number, record) in found.backends {
             self.generations.insert(number, record.generation);
             if record.service == 0 {
@@ -410,9 +468,9 @@ impl Reconciler {
             }
             let held = by_number
                 .get(&record.service)
-                .and_then(|id| self.services.get_mut(id))
+                .and_then(|id| Some((id, self.services.get_mut(id)?)))
                 .filter(|_| self.backend_numbers.claim(number));
-            let Some(held) = held else {
+            let Some((id, held)) = held else {
                 let generation = self.next_generation(number);
                 ops.push(clear_backend(number, generation));
                 continue;
@@ -423,9 +481,15 @@ impl Reconciler {
                 u16::from_be(record.port),
             );
             let mut lanes = HashSet::new();
-            if let Some(lane) = lane_of(held.record.forward, address, source) {
+            let has_gateway = has_gateway(&held.record);
+            for lane in lanes_of(held.record.forward, has_gateway, address, source) {
                 self.filter.add(lane.0, lane.1);
                 lanes.insert(lane);
+            }
+            let origin = (address, id.protocol);
+            if has_gateway && origins.get(&origin) == Some(&number) {
+                origins.remove(&origin);
+                self.origins.adopt(origin, number);
             }
             held.backends.insert(
                 address,
@@ -437,6 +501,9 @@ impl Reconciler {
                     retiring: false,
                 },
             );
+        }
+        for (address, protocol) in origins.into_keys() {
+            ops.push(Op::WithdrawOrigin { address, protocol });
         }
         for id in self.services.keys() {
             self.filter.add(id.listen.ip, LANE_VIP);
@@ -468,6 +535,20 @@ impl Reconciler {
                 ops.extend(lanes(self.filter.add(*address, LANE_NAT_SOURCE)));
             }
         }
+        ops
+    }
+
+    /// The kernel holds these addresses now, and no others: what the filter must know. What is said of it ahead
+    /// of [`Reconciler::adopt`] is not to be done, since that says it with all the rest.
+    pub fn hold(&mut self, addresses: &HashSet<IpAddr>) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for address in addresses.difference(&self.local) {
+            ops.extend(lanes(self.filter.add(*address, LANE_HELD)));
+        }
+        for address in self.local.difference(addresses) {
+            ops.extend(lanes(self.filter.remove(*address, LANE_HELD)));
+        }
+        self.local.clone_from(addresses);
         ops
     }
 
@@ -510,6 +591,14 @@ impl Reconciler {
                 .iter()
                 .map(|(address, backend)| (*id, *address, &backend.record))
         })
+    }
+
+    /// What becomes of answers of each service with a gateway.
+    pub fn gateways(&self) -> impl Iterator<Item = (ServiceKey, &GatewayRecord)> + '_ {
+        let services = self.services.iter();
+        services
+            .filter(|(_, held)| held.gateway != no_gateway())
+            .map(|(id, held)| (*id, &held.gateway))
     }
 
     /// Bytes that the forward mode of a service adds to packets for a backend of `family`.
@@ -773,6 +862,7 @@ impl Reconciler {
                 digest: 0,
                 members_digest: digest_of(&[]),
                 access: BTreeMap::new(),
+                gateway: no_gateway(),
                 delta: None,
                 idle_timeout: Duration::ZERO,
                 table_size: 0,
@@ -822,15 +912,33 @@ impl Reconciler {
                 &backend.record,
             );
             let source = to_ip(record.family, &record.source);
-            if let Some(lane) = lane_of(wanted.forward, *address, source)
-                && backend.lanes.insert(lane)
-            {
-                ops.extend(lanes(self.filter.add(lane.0, lane.1)));
+            let has_gateway = wanted.gateway.is_some();
+            for lane in lanes_of(wanted.forward, has_gateway, *address, source) {
+                if backend.lanes.insert(lane) {
+                    ops.extend(lanes(self.filter.add(lane.0, lane.1)));
+                }
             }
             if record != backend.record {
                 backend.record = record;
                 ops.push(Op::Backend {
                     number: backend.number,
+                    record,
+                });
+            }
+            if has_gateway {
+                let origin = (*address, wanted.id.protocol);
+                let op = self
+                    .origins
+                    .publish(origin, backend.number, backend.retiring);
+                ops.extend(op);
+            }
+        }
+        if let Some(gateway) = wanted.gateway {
+            let record = gateway_record(&wanted.id, hop(gateway), &held.gateway);
+            if record != held.gateway {
+                held.gateway = record;
+                ops.push(Op::Gateway {
+                    number: held.number,
                     record,
                 });
             }
@@ -895,6 +1003,9 @@ impl Reconciler {
             });
         }
         ops.extend(gone);
+        if wanted.gateway.is_none() && held.gateway != no_gateway() {
+            self.drop_gateway(wanted.id.protocol, &mut held, ops);
+        }
         let address = wanted.id.listen.ip;
         let mut flags = if wanted.answer_arp { VIP_ANSWER_ARP } else { 0 };
         if wanted.held {
@@ -1031,6 +1142,7 @@ impl Reconciler {
                 first: region.first,
                 len: region.len,
                 by_source: held.record.scheduler == schedulers::SOURCE_HASH,
+                forward: held.record.forward,
                 version: held.delta.as_ref()?.version(),
             };
             Some((held.number, table))
@@ -1051,7 +1163,7 @@ impl Reconciler {
     /// Takes a service away that no key leads to, with its backends and, if it was the last on it,
     /// its VIP.
     fn remove(&mut self, id: &ServiceKey, now: Instant, ops: &mut Vec<Op>) {
-        let Some(held) = self.services.remove(id) else {
+        let Some(mut held) = self.services.remove(id) else {
             return;
         };
         let address = id.listen.ip;
@@ -1070,6 +1182,9 @@ impl Reconciler {
             number: held.number,
             record: bytemuck::Zeroable::zeroed(),
         });
+        if held.gateway != no_gateway() {
+            self.drop_gateway(id.protocol, &mut held, ops);
+        }
         ops.extend(changed_access(held.number, &held.access, &BTreeMap::new()).1);
         for region in tables_of(&held.record) {
             self.space.release(region, now);
@@ -1078,8 +1193,24 @@ impl Reconciler {
             ops.extend(lanes(self.filter.remove(address, LANE_STATELESS)));
         }
         self.service_numbers.give_back(held.number);
-        for backend in held.backends.into_values() {
-            self.drop_backend(backend, ops);
+        for (address, backend) in held.backends {
+            self.drop_backend((address, id.protocol), backend, ops);
+        }
+    }
+
+    /// Answers of the service are found by recorded flows alone from now on, as its record says.
+    fn drop_gateway(&mut self, protocol: Protocol, held: &mut Held, ops: &mut Vec<Op>) {
+        held.gateway = no_gateway();
+        ops.push(Op::Gateway {
+            number: held.number,
+            record: held.gateway,
+        });
+        for (address, backend) in &mut held.backends {
+            ops.extend(self.origins.withdraw((*address, protocol), backend.number));
+            let lane = (address.ip(), LANE_ORIGIN);
+            if backend.lanes.remove(&lane) {
+                ops.extend(lanes(self.filter.remove(lane.0, lane.1)));
+            }
         }
     }
 
@@ -1096,12 +1227,13 @@ impl Reconciler {
                     changes: delta.forget(backend.number),
                 });
             }
-            self.drop_backend(backend, &mut ops);
+            self.drop_backend((*address, id.protocol), backend, &mut ops);
         }
         ops
     }
 
-    fn drop_backend(&mut self, backend: HeldBackend, ops: &mut Vec<Op>) {
+    fn drop_backend(&mut self, origin: Origin, backend: HeldBackend, ops: &mut Vec<Op>) {
+        ops.extend(self.origins.withdraw(origin, backend.number));
         let generation = self.next_generation(backend.number);
         ops.push(clear_backend(backend.number, generation));
         for (address, bit) in backend.lanes {
@@ -1182,14 +1314,59 @@ fn lanes(change: Option<(u32, u64)>) -> Option<Op> {
 }
 
 /// What the filter must know for replies of a backend to be seen.
-fn lane_of(mode: u8, backend: SocketAddr, source: IpAddr) -> Option<(IpAddr, u8)> {
-    match mode {
+fn lanes_of(
+    mode: u8,
+    has_gateway: bool,
+    backend: SocketAddr,
+    source: IpAddr,
+) -> impl Iterator<Item = (IpAddr, u8)> {
+    let lane = match mode {
         // The backend is on this host, and answers the client itself.
         forward::NAT if source == backend.ip() => Some((source, LANE_BACKEND)),
         forward::NAT if !source.is_unspecified() => Some((source, LANE_NAT_SOURCE)),
         forward::DNAT => Some((backend.ip(), LANE_BACKEND)),
         _ => None,
+    };
+    let origin = has_gateway.then_some((backend.ip(), LANE_ORIGIN));
+    lane.into_iter().chain(origin)
+}
+
+/// Whether some flows of a service are not recorded whose answers come through here.
+const fn has_gateway(record: &ServiceRecord) -> bool {
+    record.flags & SERVICE_STATELESS != 0 && record.forward == forward::DNAT
+}
+
+/// What a service without a gateway has in its place.
+fn no_gateway() -> GatewayRecord {
+    bytemuck::Zeroable::zeroed()
+}
+
+/// The record of a gateway; without a way to it the last one known stays in, marked as unusable.
+fn gateway_record(id: &ServiceKey, hop: Option<Hop>, before: &GatewayRecord) -> GatewayRecord {
+    let (port, _) = id.listen.ports.keys();
+    let mut record = GatewayRecord {
+        vip: from_ip(id.listen.ip),
+        port: port.to_be(),
+        flags: 0,
+        ..*before
+    };
+    // This host itself is no router that clients come through.
+    if let Some(hop) = hop.filter(|hop| hop.ifindex != LOCAL) {
+        record.l2 = l2(&hop);
+        record.ifindex = hop.ifindex;
+        record.tags = hop.tags;
+        record.mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX);
+        record.flags = GATEWAY_RESOLVED;
     }
+    record
+}
+
+/// Ethernet destination and source as they stand in a frame.
+fn l2(hop: &Hop) -> [u32; 3] {
+    let mut l2 = [0; 12];
+    l2[..6].copy_from_slice(&hop.destination);
+    l2[6..].copy_from_slice(&hop.source);
+    bytemuck::cast(l2)
 }
 
 fn clear_backend(number: u32, generation: u16) -> Op {
@@ -1223,10 +1400,7 @@ fn backend_record(
         ..*before
     };
     if let Some(hop) = hop {
-        let mut l2 = [0; 12];
-        l2[..6].copy_from_slice(&hop.destination);
-        l2[6..].copy_from_slice(&hop.source);
-        record.l2 = bytemuck::cast(l2);
+        record.l2 = l2(&hop);
         record.ifindex = hop.ifindex;
         record.tags = hop.tags;
         record.source = from_ip(hop.address);

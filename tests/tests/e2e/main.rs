@@ -6,6 +6,7 @@ mod commands;
 mod daemon;
 mod failover;
 mod flows;
+mod gateway;
 mod listeners;
 mod local;
 mod local_clients;

@@ -9,6 +9,7 @@ mod decap;
 mod decap_mutations;
 mod flow_table;
 mod fragments;
+mod gateway;
 mod icmp;
 mod listeners;
 mod local;

@@ -89,6 +89,225 @@ fn the_mode_cascades_from_the_defaults() {
     assert_eq!(modes, [forward::IPIP, forward::DSR]);
 }
 
+/// A service in `dnat`, with further lines from line 7 on.
+fn dnat(lines: &str) -> Result<Config, String> {
+    parse(&with_service(&format!("forward = \"dnat\"\n{lines}")))
+}
+
+/// The backend that such a service has, in two lines.
+const BACKEND: &str = "[[service.backend]]\naddress = \"10.0.0.11:8080\"";
+
+#[test]
+fn with_a_gateway_dnat_need_not_record_its_flows() {
+    let config = dnat(BACKEND).unwrap();
+    assert_eq!(config.services[0].gateway, None);
+    assert!(!config.services[0].is_stateless());
+    for more in [
+        "",
+        "track = \"changes\"\n",
+        "scheduler = \"source-hash\"\n",
+        "max_new_per_source = \"9/s\"\n",
+    ] {
+        let lines = format!("gateway = \"192.0.2.1\"\n{more}{BACKEND}");
+        let service = dnat(&lines).expect(more).services.remove(0);
+        assert_eq!(service.gateway, Some([192, 0, 2, 1].into()));
+        assert!(service.is_stateless(), "{more}");
+    }
+    let text = with_service("forward = \"dnat\"\ngateway = \"2001:db8::fe\"\n");
+    let config = parse(&text.replace("198.51.100.10", "[2001:db8::1]")).unwrap();
+    assert_eq!(
+        config.services[0].gateway,
+        Some("2001:db8::fe".parse().unwrap())
+    );
+}
+
+#[test]
+fn mistakes_about_a_gateway_name_line_and_remedy() {
+    for (lines, complaint) in [
+        ("gateway = 5", "7: service \"web\": gateway is an integer"),
+        (
+            "gateway = \"router\"",
+            "7: service \"web\": gateway \"router\" is not an address; write it like \"192.0.2.1\"",
+        ),
+        (
+            "gateway = \"192.0.2.1:80\"",
+            "7: service \"web\": gateway \"192.0.2.1:80\" is not an address; write it like",
+        ),
+        (
+            "gateway = \"0.0.0.0\"",
+            "7: service \"web\": gateway \"0.0.0.0\" is an unspecified address; use a unicast",
+        ),
+        (
+            "gateway = \"127.0.0.1\"",
+            "7: service \"web\": gateway \"127.0.0.1\" is a loopback address; use a unicast",
+        ),
+        (
+            "gateway = \"224.0.0.1\"",
+            "7: service \"web\": gateway \"224.0.0.1\" is a multicast address; use a unicast",
+        ),
+        (
+            "gateway = \"2001:db8::1\"",
+            "7: service \"web\": gateway \"2001:db8::1\" is IPv6 but the VIP is IPv4; write the \
+             router's IPv4 address",
+        ),
+        (
+            "gateway = \"198.51.100.10\"",
+            "7: service \"web\": gateway \"198.51.100.10\" is the VIP; write the address of the router",
+        ),
+        (
+            "gateway = \"10.0.0.11\"",
+            "7: service \"web\": gateway \"10.0.0.11\" is backend \"10.0.0.11:8080\"; write the address",
+        ),
+        (
+            "gateway = \"192.0.2.1\"\ntrack = \"all\"",
+            "7: service \"web\": gateway is there so that flows need no record, but track = \"all\" \
+             records them all; remove one",
+        ),
+        (
+            "scheduler = \"round-robin\"\ngateway = \"192.0.2.1\"\ntrack = \"changes\"",
+            "8: service \"web\": scheduler \"round-robin\" needs every flow recorded; remove gateway",
+        ),
+        (
+            "affinity = \"1m\"\ngateway = \"192.0.2.1\"",
+            "8: service \"web\": affinity needs every flow recorded; remove gateway",
+        ),
+        (
+            "connect_timeout = \"1s\"\ngateway = \"192.0.2.1\"",
+            "8: service \"web\": connect_timeout needs every flow recorded; remove gateway",
+        ),
+        (
+            "protocol = \"udp\"\nmax_new_per_source = \"9/s\"\ngateway = \"192.0.2.1\"",
+            "9: service \"web\": max_new_per_source of a udp service needs every flow recorded; \
+             remove gateway",
+        ),
+        (
+            "track = \"changes\"",
+            "7: service \"web\": forward \"dnat\" needs every flow recorded; add gateway = \
+             \"192.0.2.1\", the router that clients come through, or remove track = \"changes\"",
+        ),
+    ] {
+        let error = dnat(&format!("{lines}\n{BACKEND}")).expect_err(lines);
+        let expected = format!("lb.toml:{complaint}");
+        assert!(error.starts_with(&expected), "{error}\nis not\n{expected}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    let limited = format!("gateway = \"192.0.2.1\"\n{BACKEND}\nmax_connections = 9");
+    assert_eq!(
+        dnat(&limited).unwrap_err(),
+        "lb.toml:7: service \"web\": max_connections needs every flow recorded; remove gateway"
+    );
+    for mode in ["nat", "dsr", "ipip", "gue"] {
+        let lines = format!("forward = \"{mode}\"\ngateway = \"192.0.2.1\"");
+        let error = parse(&with_service(&lines)).expect_err(mode);
+        assert_eq!(
+            error,
+            "lb.toml:7: service \"web\": gateway is for forward \"dnat\", where answers to clients \
+             come through here; remove it"
+        );
+    }
+    let error = parse(&with_service("track = \"changes\"")).unwrap_err();
+    assert!(
+        error.ends_with("forward \"nat\" needs every flow recorded; remove track = \"changes\"")
+    );
+    for ports in ["80-81", "*"] {
+        let text = with_service("forward = \"dnat\"\ngateway = \"192.0.2.1\"");
+        let error = parse(&text.replace(":80\"", &format!(":{ports}\""))).unwrap_err();
+        assert!(
+            error.starts_with(
+                "lb.toml:7: service \"web\": gateway needs a single port to listen on"
+            ),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_gateway_counts_with_what_the_defaults_say() {
+    let with = |key: &str, lines: &str| {
+        let service = with_service(&format!("forward = \"dnat\"\n{lines}"));
+        parse(&format!("[defaults]\n{key}\n{service}"))
+    };
+    let gateway = "gateway = \"192.0.2.1\"";
+    assert_eq!(
+        with("track = \"all\"", gateway).unwrap_err(),
+        "lb.toml:9: service \"web\": gateway is there so that flows need no record, but track = \"all\" \
+         in [defaults] records them all; remove it, or add track = \"changes\""
+    );
+    let both = format!("{gateway}\ntrack = \"changes\"");
+    assert!(with("track = \"all\"", &both).unwrap().services[0].is_stateless());
+    assert_eq!(
+        with("connect_timeout = \"1s\"", gateway).unwrap_err(),
+        "lb.toml:9: service \"web\": connect_timeout needs every flow recorded; remove gateway"
+    );
+    assert_eq!(
+        with(gateway, "").unwrap_err().split(';').next(),
+        Some("lb.toml:2: defaults: unknown key \"gateway\"")
+    );
+}
+
+/// A service in `dnat` with a gateway, whose backend stands in line 9, and another one, which `lines` are of
+/// from line 13 on.
+fn sharing(listen: &str, lines: &str, backend: &str) -> Result<Config, String> {
+    dnat(&format!(
+        "gateway = \"192.0.2.1\"\n{BACKEND}\n[[service]]\nname = \"other\"\nlisten = \"{listen}\"\n\
+         {lines}\n[[service.backend]]\naddress = \"{backend}\"\n"
+    ))
+}
+
+#[test]
+fn answers_are_told_apart_by_the_backend_they_come_from() {
+    let (nat, dnat) = ("forward = \"nat\"", "forward = \"dnat\"");
+    let gateway = "forward = \"dnat\"\ngateway = \"192.0.2.2\"";
+    for (listen, lines, backend) in [
+        ("198.51.100.11:80", nat, "10.0.0.11:8080"),
+        ("198.51.100.10:81", dnat, "10.0.0.11:8080"),
+        ("198.51.100.11:80", gateway, "10.0.0.11:8080"),
+        ("198.51.100.11:8000-8100", nat, "10.0.0.11"),
+        ("198.51.100.11:*", dnat, "10.0.0.11"),
+    ] {
+        let error = sharing(listen, lines, backend).unwrap_err();
+        let line = 14 + lines.lines().count();
+        let expected = format!(
+            "lb.toml:{line}: service \"other\": backend \"{backend}\": answers from 10.0.0.11:8080 are for \
+             service \"web\", because of its gateway and the backend in line 9; use another address or port, \
+             or remove that gateway"
+        );
+        assert_eq!(error, expected);
+    }
+    for (listen, lines, backend) in [
+        ("198.51.100.11:80", dnat, "10.0.0.11:8081"),
+        ("198.51.100.11:80", gateway, "10.0.0.12:8080"),
+        ("198.51.100.11:8081-8100", nat, "10.0.0.11"),
+        (
+            "198.51.100.11:80",
+            "protocol = \"udp\"\nforward = \"dnat\"",
+            "10.0.0.11:8080",
+        ),
+        // Its answers do not come through here.
+        ("198.51.100.11:8080", "forward = \"dsr\"", "10.0.0.11"),
+    ] {
+        let result = sharing(listen, lines, backend);
+        assert!(result.is_ok(), "{listen}: {result:?}");
+    }
+}
+
+#[test]
+fn what_answers_come_from_needs_room_among_the_listeners() {
+    let with = |listeners: u32| {
+        let lines = format!(
+            "gateway = \"192.0.2.1\"\n{BACKEND}\n[[service.backend]]\naddress = \"10.0.0.12\"\n\
+             [limits]\nlisteners = {listeners}"
+        );
+        dnat(&lines)
+    };
+    assert_eq!(
+        with(2).unwrap_err(),
+        "lb.toml:12: limits: listeners = 2 is too small for 1 ports on IPv4 VIPs and 2 backends of \
+         services with a gateway; write listeners = 3 or more"
+    );
+    assert!(with(3).is_ok());
+}
+
 fn daemon(line: &str) -> Result<Config, String> {
     parse(&format!(
         "[daemon]\ninterfaces = [\"eth0\"]\n{line}\n[[service]]\nname = \"web\"\nlisten = \"198.51.100.10:80\"\n"

@@ -1,7 +1,9 @@
 //! Plans carried out on maps made of ordinary collections, looked at after every single step.
 
+mod gateways;
+
 use super::*;
-use crate::config::{Listen, Protocol};
+use crate::config::Listen;
 use lb_common::{
     backend::NO_BACKEND,
     service::{on_backend_down, on_no_backend},
@@ -25,6 +27,8 @@ struct Fake {
     access: HashMap<u32, BTreeMap<Prefix, bool>>,
     /// By VIP, port and protocol; port 0 is every port.
     keys: BTreeMap<(IpAddr, u16, Protocol), u32>,
+    gateways: BTreeMap<u32, GatewayRecord>,
+    origins: BTreeMap<Origin, u32>,
     vips: BTreeMap<IpAddr, u32>,
 }
 
@@ -90,6 +94,25 @@ impl Fake {
                     );
                 }
             }
+            Op::Gateway { number, record } => {
+                if *record == no_gateway() {
+                    self.gateways.remove(number);
+                } else {
+                    self.gateways.insert(*number, *record);
+                }
+            }
+            Op::PublishOrigin {
+                address,
+                protocol,
+                number,
+            } => {
+                let before = self.origins.insert((*address, *protocol), *number);
+                assert_ne!(before, Some(*number), "published again: {op:?}");
+            }
+            Op::WithdrawOrigin { address, protocol } => {
+                let before = self.origins.remove(&(*address, *protocol));
+                assert!(before.is_some(), "not there: {op:?}");
+            }
             Op::RemoveVip { address } => {
                 self.vips.remove(address);
             }
@@ -98,6 +121,7 @@ impl Fake {
     }
 
     fn check(&self, op: &Op) {
+        self.check_gateways(op);
         for ((ip, port, _), number) in &self.keys {
             let service = &self.services[number];
             for slot in [service.table, service.members].iter().flat_map(|table| {
@@ -106,6 +130,9 @@ impl Fake {
             }) {
                 let slot_now = self.slots[&slot];
                 let backend = slot_now.unrecorded();
+                if backend == NO_BACKEND && service.flags & SERVICE_STATELESS != 0 {
+                    continue;
+                }
                 assert_ne!(backend, NO_BACKEND, "after {op:?}");
                 assert_eq!(
                     self.backends[&backend].service, *number,
@@ -156,6 +183,12 @@ impl Fake {
             backends: self.backends.iter().map(|(n, r)| (*n, *r)).collect(),
             tables,
             access: self.access.clone(),
+            gateways: self.gateways.iter().map(|(n, r)| (*n, *r)).collect(),
+            origins: self
+                .origins
+                .iter()
+                .map(|((a, p), n)| (*a, *p, *n))
+                .collect(),
             vips: self.vips.iter().map(|(a, f)| (*a, *f)).collect(),
         }
     }
@@ -202,6 +235,7 @@ fn service_on(id: ServiceKey, backends: &[(u8, u32)]) -> Service {
         access: BTreeMap::new(),
         table_size: 0,
         stateless: false,
+        gateway: None,
         idle_timeout: WINDOW,
         answer_arp: true,
         held: false,

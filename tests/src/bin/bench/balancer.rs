@@ -1,13 +1,15 @@
 //! The balancer that is measured: in the kernel, with services, and attached to nothing.
 
-use crate::frame::{BACKEND_MAC, BALANCER_MAC, Family, Network, PORT};
+use crate::frame::{BACKEND_MAC, BALANCER_MAC, CLIENT_MAC, Family, Network, PORT};
 use anyhow::Result;
 use bytemuck::{Pod, Zeroable as _};
 use lb_common::{
     abi::Settings,
-    addr::Address,
+    addr::{Address, from_ip},
+    bench::{FIRST_PORT, PORT_BITS},
     flow::{DIRECTION_CLIENT, Flow, FlowKey},
     flow_table::Entry,
+    hash,
     service::{Interface, forward, on_backend_down, on_no_backend, scheduler},
     stats::Counters,
 };
@@ -40,6 +42,8 @@ pub struct Plan {
     pub on_no_backend: u8,
     /// Number of backends.
     pub backends: u32,
+    /// Whether clients come through a gateway that is known: `dnat` records no flow then.
+    pub gateway: bool,
 }
 
 /// The balancer.
@@ -139,6 +143,36 @@ impl Balancer {
         Ok(total)
     }
 
+    /// Source, destination and their ports of an answer to client number `n` of the first service, whose flows
+    /// are not recorded.
+    pub fn answer(&self, family: Family, n: u32) -> Ends {
+        let client = from_ip(family.address(Network::Clients, n >> PORT_BITS));
+        let port = (FIRST_PORT + (n as u16 & ((1 << PORT_BITS) - 1))).to_be();
+        let maps = &self.dataplane.maps;
+        let (first, slots) = maps.services.read(1).table();
+        let (dst, dport) = ([0; 4], PORT.to_be());
+        let flow = FlowKey {
+            src: client,
+            dst,
+            sport: port,
+            dport,
+            protocol: u32::from(Protocol::Tcp.number()),
+        };
+        let hash = match family {
+            Family::V4 => hash::flow_hash(&FlowKey {
+                src: client[0],
+                dst: 0,
+                sport: port,
+                dport,
+                protocol: flow.protocol,
+            }),
+            Family::V6 => hash::flow_hash(&flow),
+        };
+        let slot = maps.slots.read(first + hash::slot_of(hash, slots));
+        let backend = maps.backends.read(slot.backend);
+        (backend.addr, client, backend.port, port)
+    }
+
     /// Shows `f` source, destination and ports of every client's flow, and of the answers to it.
     pub fn flows(&self, family: Family, mut f: impl FnMut(Ends, Ends)) -> Result<()> {
         let maps = &self.dataplane.maps;
@@ -169,14 +203,20 @@ fn hop(address: IpAddr, ifindex: u32) -> Hop {
         IpAddr::V4(_) => Family::V4,
         IpAddr::V6(_) => Family::V6,
     };
+    let is_gateway = address == gateway(family);
     Hop {
-        destination: BACKEND_MAC,
+        destination: if is_gateway { CLIENT_MAC } else { BACKEND_MAC },
         source: BALANCER_MAC,
         ifindex,
         tags: 0,
         address: family.address(Network::Hosts, 0),
         mtu: 1500,
     }
+}
+
+/// The router that clients come through.
+fn gateway(family: Family) -> IpAddr {
+    family.address(Network::Hosts, u16::MAX.into())
 }
 
 fn clear<A: Address>(table: &FlowTable<A>) -> Result<()>
@@ -204,9 +244,11 @@ fn ends<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, f: &mut impl FnMut(Ends, E
     }
 }
 
-/// Whether flows are found by hashing their packets again, and not recorded.
-pub const fn is_stateless(mode: u8, by: u8) -> bool {
-    !forward::translates(mode) && scheduler::hashes(by)
+impl Plan {
+    /// Whether flows are found by hashing their packets again, and not recorded.
+    pub const fn is_stateless(&self) -> bool {
+        scheduler::hashes(self.scheduler) && (!forward::translates(self.forward) || self.gateway)
+    }
 }
 
 fn service(plan: &Plan, vip: u32, first_host: u32) -> Service {
@@ -237,7 +279,8 @@ fn service(plan: &Plan, vip: u32, first_host: u32) -> Service {
         source_rate: 0,
         access: std::collections::BTreeMap::new(),
         table_size: 0,
-        stateless: is_stateless(plan.forward, plan.scheduler),
+        stateless: plan.is_stateless(),
+        gateway: plan.gateway.then(|| gateway(plan.family)),
         idle_timeout: Duration::from_secs(900),
         answer_arp: true,
         held: false,
@@ -257,6 +300,7 @@ impl Plan {
             scheduler,
             on_no_backend: on_no_backend::DROP,
             backends,
+            gateway: false,
         }
     }
 }

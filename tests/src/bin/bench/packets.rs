@@ -5,7 +5,7 @@
 
 use crate::{
     Choice,
-    balancer::{self, Balancer, Plan},
+    balancer::{Balancer, Plan},
     frame::{ACK, Family, Frame, Network, PORT, SYN, Transport},
     plot, progress,
     report::Report,
@@ -146,7 +146,11 @@ struct Group {
     protocol: Protocol,
     forward: u8,
     scheduler: u8,
+    gateway: bool,
 }
+
+/// What `dnat` with a gateway is called in the names of cases.
+const DNAT_GATEWAY: &str = "dnat-gateway";
 
 impl Group {
     /// All of them, in the order of the table; only those that differ most if it must be quick.
@@ -166,20 +170,44 @@ impl Group {
                     protocol: *protocol,
                     forward: *forward,
                     scheduler: *scheduler,
+                    gateway: false,
                 }));
+            }
+            if *forward == forward::DNAT {
+                let hashed = |group: &&Self| {
+                    group.forward == forward::DNAT && group.scheduler == scheduler::MAGLEV
+                };
+                let with = |group: &Self| Self {
+                    gateway: true,
+                    ..*group
+                };
+                let with_gateway: Vec<Self> = groups.iter().filter(hashed).map(with).collect();
+                groups.extend(with_gateway);
             }
         }
         groups
     }
 
     fn name(&self, what: &str) -> String {
+        let forward = if self.gateway {
+            DNAT_GATEWAY
+        } else {
+            name_of(FORWARD, self.forward)
+        };
         format!(
-            "{} {} {} {} {what}",
-            name_of(FORWARD, self.forward),
+            "{forward} {} {} {} {what}",
             self.family.name(),
             self.protocol.name(),
             name_of(SCHEDULER, self.scheduler)
         )
+    }
+
+    fn plan(&self) -> Plan {
+        Plan {
+            protocol: self.protocol,
+            gateway: self.gateway,
+            ..Plan::new(self.family, self.forward, self.scheduler, BACKENDS)
+        }
     }
 
     /// Whether the balancer sees both directions.
@@ -598,7 +626,7 @@ impl Group {
     /// What the first packet of a flow counts as. Without SYN and without a record it is one like any other.
     fn first(&self) -> Counts {
         let told = self.protocol == Protocol::Tcp;
-        if told || !balancer::is_stateless(self.forward, self.scheduler) {
+        if told || !self.plan().is_stateless() {
             Counts::New
         } else {
             Counts::In
@@ -636,10 +664,7 @@ impl Bench {
     /// Measures the cases of a group, by stage.
     fn group(&mut self, group: &Group, stages: [Vec<(String, What)>; 3]) -> Result<()> {
         progress(&format!("{}preparing", group.name("")));
-        let plan = Plan {
-            protocol: group.protocol,
-            ..Plan::new(group.family, group.forward, group.scheduler, BACKENDS)
-        };
+        let plan = group.plan();
         let filler = Plan::new(group.family, forward::DSR, scheduler::ROUND_ROBIN, 1);
         let balancer = self.balancer(&[plan, filler])?;
         let [empty, with_flows, full] = stages;
@@ -703,7 +728,7 @@ impl Bench {
                 What::New => {
                     case.stamp.first = NEW;
                     // What is not recorded does not fill the table.
-                    let recorded = !balancer::is_stateless(group.forward, group.scheduler);
+                    let recorded = !group.plan().is_stateless();
                     case.packets = if recorded { new } else { size.established };
                 }
                 What::NewInFull => case.stamp.first = NEW_IN_FULL,
@@ -749,6 +774,15 @@ impl Bench {
         let template = reply(group.family, flags);
         let base = group.frame(ACK, 0).case(true).client;
         let tuples = &self.wrapper.tuples;
+        // Visited one after the other, the numbers must not follow each other.
+        let place = |n: u32| (u64::from(n).wrapping_mul(STRIDE) & (u64::from(flows) - 1)) as u32;
+        if group.gateway {
+            for n in 0..flows {
+                let (from, to, sport, dport) = balancer.answer(group.family, n);
+                tuples.store(place(n), template.tuple(from, to, sport, dport));
+            }
+            return Ok(());
+        }
         balancer.flows(
             group.family,
             |(src, _, sport, _), (from, to, sport_back, dport_back)| {
@@ -758,13 +792,8 @@ impl Bench {
                 };
                 let high = u32::from_be(last).wrapping_sub(base) << PORT_BITS;
                 let n = high + u32::from(u16::from_be(sport) - FIRST_PORT);
-                // Visited one after the other, the numbers must not follow each other.
-                let place = u64::from(n).wrapping_mul(STRIDE) & (u64::from(flows) - 1);
                 if n < flows {
-                    tuples.store(
-                        place as u32,
-                        template.tuple(from, to, sport_back, dport_back),
-                    );
+                    tuples.store(place(n), template.tuple(from, to, sport_back, dport_back));
                 }
             },
         )
@@ -791,6 +820,7 @@ impl Bench {
             protocol: Protocol::Tcp,
             forward: curve.forward,
             scheduler: curve.scheduler,
+            gateway: false,
         };
         let vip_mask = curve.services - 1;
         self.establish(&group, &balancer, CURVE_FLOWS, vip_mask)?;
@@ -915,10 +945,8 @@ impl Bench {
         });
         // What the names of such cases begin with.
         let mut words = case.name.splitn(5, ' ');
-        if FORWARD
-            .iter()
-            .any(|(_, name)| case.name.starts_with(&format!("{name} ")))
-        {
+        let mut forwards = FORWARD.iter().map(|(_, name)| *name).chain([DNAT_GATEWAY]);
+        if forwards.any(|name| case.name.starts_with(&format!("{name} "))) {
             for member in ["forward", "family", "protocol", "scheduler", "what"] {
                 result[member] = json!(words.next());
             }
