@@ -11,7 +11,7 @@ use crate::{
     flow::{self, Decision, FOLLOW, NOT_OURS, Work, change, dropped, refused, too_big},
     frame::Frame,
     lookup, maps,
-    parse::{Link, Packet, protocol},
+    parse::{Link, Packet, TcpFlags, protocol},
     rewrite, select, stats,
     verdict::Verdict,
 };
@@ -22,7 +22,7 @@ use lb_common::{
     backend::{BACKEND_RESOLVED, Backend, LOCAL, NO_BACKEND, Slot},
     csum,
     filter::{LANE_ANY_PORT, LANE_HELD, LANE_ORIGIN},
-    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
     hash,
     service::{
         GATEWAY_RESOLVED, Gateway, SERVICE_GUARDED, SERVICE_PLURAL, SERVICE_STATELESS, Service,
@@ -77,11 +77,13 @@ pub fn forward<F: Family>(
     {
         return None;
     }
-    if packet.flags.opens() && service.flags & SERVICE_PLURAL != 0 && is_repeated(packet, flow_hash)
+    if packet.flags.opens()
+        && service.flags & SERVICE_PLURAL != 0
+        && let Some(since) = unanswered_since(packet, flow_hash)
     {
         change::count_load(slot.backend, change::RETRIES);
         let work = F::work()?;
-        (work.avoid, work.since) = (slot.backend, flow::now());
+        (work.avoid, work.since) = (slot.backend, since);
         work.avoider = flow_hash;
         return None;
     }
@@ -185,9 +187,7 @@ pub fn answer<F: Family>() -> Decision {
     };
     let arrival = &work.arrival;
     let key = &arrival.key;
-    if lookup::lane_of::<F>(key.src) & LANE_ORIGIN == 0
-        || lookup::lane_of::<F>(key.dst) & (LANE_HELD | LANE_ORIGIN) != 0
-    {
+    if lookup::lane_of::<F>(key.dst) & (LANE_HELD | LANE_ORIGIN) != 0 {
         return NOT_OURS;
     }
     let origin = ServiceKey::origin(key.src, key.sport, key.protocol as u8);
@@ -245,29 +245,63 @@ pub fn answer<F: Family>() -> Decision {
     FOLLOW
 }
 
-/// Whether a SYN is a repetition of one that came a while ago, so that nobody seems to have
+/// When a SYN came first, if it is a repetition of one that came a while ago, so that nobody seems to have
 /// answered it. Remembers it.
 ///
 /// In the other modes the flow would tell. A new connection of the same client from the same port
 /// has another sequence number.
 #[inline(always)]
-fn is_repeated<F: Family>(packet: &Packet<F>, flow_hash: u32) -> bool {
-    let Some(recent) = maps::RECENT_SYNS.get_ptr_mut(hash::slot_of(flow_hash, maps::RECENT)) else {
-        return false;
-    };
-    let sequence: u32 = packet.transport.read(offset_of!(TcpHdr, seq));
-    let mark = (flow_hash.rotate_left(16) ^ sequence) | 1;
+fn unanswered_since<F: Family>(packet: &Packet<F>, flow_hash: u32) -> Option<u32> {
+    let place = hash::slot_of(flow_hash, maps::RECENT);
+    let recent = maps::RECENT_SYNS.get_ptr_mut(place)?;
+    let mark = mark(flow_hash, packet.transport.read(offset_of!(TcpHdr, seq)));
     let now = flow::now();
     // SAFETY: a map value of 8 bytes. CPUs that write to it at once at worst forget a SYN.
     unsafe {
         let before = recent.read_volatile();
-        let age = ticks_since(now, before as u32);
+        let since = before as u32;
+        let age = ticks_since(now, since);
         if (before >> 32) as u32 == mark && age < SYN_FORGOTTEN {
-            return age >= SYN_REPEATED;
+            return (age >= SYN_REPEATED).then_some(since);
         }
         recent.write_volatile(u64::from(mark) << 32 | u64::from(now));
     }
-    false
+    None
+}
+
+/// What a SYN is remembered by; the sequence number as it stands in the packet.
+#[inline(always)]
+const fn mark(flow_hash: u32, sequence: u32) -> u32 {
+    (flow_hash.rotate_left(16) ^ sequence) | 1
+}
+
+/// Whether an answer that [`answer`] has found is kept from the client: the refusal of a SYN that came a moment ago.
+/// Its next one tries another backend, if there is one; but only once, or it would not hear of it if all of them
+/// refuse.
+#[inline(always)]
+pub fn keeps_refusal<F: Family>(frame: &Frame, packet: &Packet<F>, flow: &Flow<F::Addr>) -> bool {
+    const REFUSAL: u8 = TcpFlags::RST | TcpFlags::ACK;
+    let Some(tcp) = packet.tcp(frame) else {
+        return false;
+    };
+    let sequence: u32 = tcp.read(offset_of!(TcpHdr, seq));
+    // RFC 9293 section 3.10.7.1: nothing else is reset by a segment with sequence number 0.
+    if packet.flags.0 & REFUSAL != REFUSAL || sequence != 0 {
+        return false;
+    }
+    change::count_load(flow.backend, change::RESETS);
+    let plural = maps::SERVICES
+        .get(flow.service)
+        .is_some_and(|service| service.flags & SERVICE_PLURAL != 0);
+    let flow_hash = hash::flow_hash(&flow.opposite(u32::from(packet.protocol)));
+    let Some(recent) = maps::RECENT_SYNS.get(hash::slot_of(flow_hash, maps::RECENT)) else {
+        return false;
+    };
+    let acknowledged = u32::from_be(tcp.read(offset_of!(TcpHdr, ack_seq)));
+    let asked = mark(flow_hash, acknowledged.wrapping_sub(1).to_be());
+    plural
+        && (*recent >> 32) as u32 == asked
+        && ticks_since(flow::now(), *recent as u32) < SYN_REPEATED
 }
 
 /// A flow of this slot is going to be recorded although the slot is settled: from now on the flow

@@ -220,7 +220,7 @@ const RELEASED: usize = offset_of!(Load, released);
 /// Offset of the counter of SYNs that were repeated.
 pub const RETRIES: usize = offset_of!(Load, retries);
 /// Offset of the counter of connections that were refused.
-const RESETS: usize = offset_of!(Load, resets);
+pub const RESETS: usize = offset_of!(Load, resets);
 
 /// Adds one to a counter of a backend's load.
 #[inline(always)]

@@ -363,6 +363,12 @@ fn begin<F: Family>(
     // The port that a client's packets come from may be that of a service, or its address share the lane of a VIP.
     if decision == NOT_OURS && !packet.flags.opens() {
         decision = F::answer();
+        if decision == FOLLOW
+            && packet.flags.any(TcpFlags::RST)
+            && stateless::keeps_refusal(frame, packet, &work.client)
+        {
+            decision = dropped(DropReason::Refused, work.client.service);
+        }
     }
     if decision != FOLLOW {
         return Err(ended(decision));

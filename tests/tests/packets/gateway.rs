@@ -371,6 +371,48 @@ fn a_repeated_syn_goes_to_another_backend() {
 }
 
 #[test]
+fn the_first_refusal_is_kept_from_the_client() {
+    for family in Family::BOTH {
+        let mut balancer = Balancer::new(vec![two(family, TCP).plural()]);
+        let refusals =
+            |balancer: &Balancer| balancer.load_of(1).resets + balancer.load_of(2).resets;
+        // What the program remembers of other tests is not about this port.
+        let syn = begin(family, TCP, 45_000).seq(1000);
+        let first = reached(&balancer.send(&syn));
+        let refusal = |from| {
+            let rst = answer(family, TCP, from, 45_000).rst();
+            rst.seq(0).ack_number(1001)
+        };
+        balancer.check(
+            "a refusal",
+            &refusal(first),
+            &Expected::Dropped,
+            &Counts::default().drop(DropReason::Refused, 1),
+        );
+        assert_eq!(refusals(&balancer), 1);
+        let other = balancer.send(&refusal(first).ack_number(5));
+        assert_eq!(other.frame[..6], GATEWAY.mac, "of another SYN");
+        assert_eq!(refusals(&balancer), 2);
+        let later = balancer.send(&answer(family, TCP, first, 45_000).rst());
+        assert_eq!(later.frame[..6], GATEWAY.mac, "the end of a connection");
+        assert_eq!(refusals(&balancer), 2);
+        sleep(Duration::from_nanos(u64::from(SYN_REPEATED + 50) << 20));
+        let second = reached(&balancer.send(&syn));
+        assert_ne!(second, first);
+        let outcome = balancer.send(&refusal(second));
+        assert_eq!(outcome.frame[..6], GATEWAY.mac, "the second one is told");
+    }
+    let mut balancer = Balancer::new(vec![two(Family::V4, TCP)]);
+    let first = reached(&balancer.send(&begin(Family::V4, TCP, 45_001).seq(1000)));
+    let refusal = answer(Family::V4, TCP, first, 45_001)
+        .rst()
+        .seq(0)
+        .ack_number(1001);
+    let outcome = balancer.send(&refusal);
+    assert_eq!(outcome.frame[..6], GATEWAY.mac, "nobody else could take it");
+}
+
+#[test]
 fn errors_about_either_direction_are_translated() {
     each(|family, protocol| {
         let service = two(family, protocol);
