@@ -10,6 +10,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    thread,
     time::Duration,
 };
 
@@ -204,6 +205,35 @@ fn connections_outlive_a_new_router_a_drain_and_a_restart() {
     net.daemon(&net.dir().join("sluice.toml"));
     net.wait_backends_up(None, 2 * BACKENDS.len());
     all_go_on(&mut kept, "with another daemon");
+}
+
+#[test]
+fn no_request_fails_when_a_process_dies_between_two_checks() {
+    let net = network();
+    let servers = BACKENDS.map(|host| net.nginx(host));
+    let rarely = "[service.health]\ntype = \"tcp\"\ninterval = \"60s\"\ntimeout = \"500ms\"\nrise = 1\nfall = 2\neject_after = 3\n";
+    net.daemon(&net.config("sluice.toml", &config(&net, "tcp", 80, PORT, rarely)));
+    net.wait_backends_up(None, 2 * BACKENDS.len());
+    net.kill(servers[0]);
+    for vip in vips(80) {
+        net.on("client", move || {
+            let clients: Vec<_> = (0..30)
+                .map(|n| (n, thread::spawn(move || get(vip, "/"))))
+                .collect();
+            for (n, client) in clients {
+                let answer = client.join().expect("no panic");
+                let body = answer.unwrap_or_else(|e| panic!("request {n} to {vip}: {e}"));
+                assert_eq!(body.trim(), "b2");
+            }
+        });
+    }
+    for service in ["s0", "s1"] {
+        wait_until("the backend to be ejected", || {
+            let list = net.json(&["backend", "list", service]);
+            let backends = list.as_array().expect("a list").iter();
+            backends.filter(|b| b["state"] == "down").count() == 1
+        });
+    }
 }
 
 #[test]
