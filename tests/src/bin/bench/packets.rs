@@ -341,12 +341,15 @@ pub fn measure(choice: &Choice) -> Result<Report> {
 /// Pictures of the established flows and of the curves.
 pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
     let mut groups = Vec::new();
+    let mut kinds = Vec::new();
     for (forward, kind) in FORWARD {
-        let by = if forward::translates(*forward) {
-            "round-robin"
-        } else {
-            "maglev"
-        };
+        let recorded = forward::translates(*forward);
+        kinds.push((*kind, if recorded { "round-robin" } else { "maglev" }));
+        if *forward == forward::DNAT {
+            kinds.push((DNAT_GATEWAY, "maglev"));
+        }
+    }
+    for (kind, by) in kinds {
         for family in Family::BOTH {
             let of = |flows: u32| {
                 let case = format!(
