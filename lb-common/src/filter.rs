@@ -26,7 +26,7 @@ pub const LANE_STATELESS: u8 = 1 << 4;
 /// Asked of a packet's source.
 pub const LANE_BACKEND: u8 = 1 << 3;
 /// Lane bit: the address may be a backend some of whose answers belong to flows that are not recorded
-/// ([`crate::service::Gateway`]). Asked of a packet's source, and of a client: it may be one itself.
+/// ([`crate::service::Gateway`]). Asked of a packet's source.
 pub const LANE_ORIGIN: u8 = 1 << 5;
 /// Lane bit: the address may be one of this host's own, whose connections to backends are no clients'.
 pub const LANE_HELD: u8 = 1 << 6;

@@ -21,7 +21,7 @@ use lb_common::{
     addr::Address,
     backend::{BACKEND_RESOLVED, Backend, LOCAL, NO_BACKEND, Slot},
     csum,
-    filter::{LANE_ANY_PORT, LANE_HELD, LANE_ORIGIN},
+    filter::{LANE_ANY_PORT, LANE_HELD},
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, SYN_FORGOTTEN, SYN_REPEATED},
     hash,
     service::{
@@ -141,9 +141,9 @@ impl Sender {
 
 /// Whether answers of `backend` find a client in `dnat` whose flow is not recorded.
 ///
-/// They go to the gateway, so that is where the client must have come from. What goes to this host itself, or
-/// from one backend to another, may have nothing to do with the VIP. And what the kernel delivers is answered
-/// on its way out, where only flows are known.
+/// They go to the gateway, so that is where the client must have come from. What goes to this host itself may have
+/// nothing to do with the VIP. What the kernel delivers is answered on its way out, where only flows are known. And
+/// a backend cannot answer itself.
 #[inline(always)]
 pub fn returns<F: Family>(
     service: u32,
@@ -151,10 +151,13 @@ pub fn returns<F: Family>(
     client: F::Addr,
     sender: &Sender,
 ) -> bool {
-    let is_stranger = lookup::lane_of::<F>(client) & (LANE_HELD | LANE_ORIGIN) != 0;
+    let may_be_us = lookup::lane_of::<F>(client) & LANE_HELD != 0;
     let leads_back =
         |gateway: &Gateway| gateway.leads_back(&sender.l2, sender.ifindex, sender.tags);
-    !is_stranger && backend.ifindex != LOCAL && maps::GATEWAYS.get(service).is_some_and(leads_back)
+    !may_be_us
+        && backend.ifindex != LOCAL
+        && lookup::address::<F::Addr>(&backend.addr) != client
+        && maps::GATEWAYS.get(service).is_some_and(leads_back)
 }
 
 /// What becomes in `dnat` of a client's packet with the key `work.arrival.key`.
@@ -187,7 +190,7 @@ pub fn answer<F: Family>() -> Decision {
     };
     let arrival = &work.arrival;
     let key = &arrival.key;
-    if lookup::lane_of::<F>(key.dst) & (LANE_HELD | LANE_ORIGIN) != 0 {
+    if lookup::lane_of::<F>(key.dst) & LANE_HELD != 0 {
         return NOT_OURS;
     }
     let origin = ServiceKey::origin(key.src, key.sport, key.protocol as u8);
