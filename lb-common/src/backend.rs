@@ -59,7 +59,7 @@ const _: () = assert!(size_of::<Backend>() == 64 && align_of::<Backend>() == 4);
 ///
 /// | `previous` | the slot is | a packet of a flow that is not recorded belongs to |
 /// | --- | --- | --- |
-/// | equal to `backend` | settled: no flow of it is recorded | `backend` |
+/// | equal to `backend` | settled: no flow of it needs a record to be found | `backend` |
 /// | another backend | changed | `previous`, unless it begins a flow |
 /// | [`NO_BACKEND`] | closing: some flows of it are recorded | `backend` |
 #[repr(C, align(8))]
@@ -84,7 +84,7 @@ impl Slot {
         }
     }
 
-    /// Whether no flow of this slot is recorded.
+    /// Whether no flow of this slot needs a record to be found.
     #[inline(always)]
     #[must_use]
     pub const fn is_settled(self) -> bool {

@@ -31,6 +31,10 @@ pub const DIRECTION_CLIENT: u8 = 0;
 /// Direction: the entry matches packets from the backend.
 pub const DIRECTION_BACKEND: u8 = 1;
 
+/// In place of an interface: the client came through its service's gateway ([`crate::service::Gateway`]), which
+/// tells the way back whichever router that is by then.
+pub const THROUGH_GATEWAY: u32 = 0;
+
 /// Ticks after which a SYN that comes again is a repetition by its client, whom the backend has not
 /// answered, and no duplicate that the network made: a fifth of a second. Clients wait for a second
 /// (RFC 6298 section 2.1).
@@ -133,7 +137,7 @@ pub struct Flow<A> {
     /// Bytes of the largest IP packet that the interface towards the client can send; 0 if that is
     /// not known. Used in the backend's entry.
     pub mtu: u32,
-    /// The interface the client's packet came from. Used in the backend's entry.
+    /// The interface the client's packet came from, or [`THROUGH_GATEWAY`]. Used in the backend's entry.
     pub ifindex: u32,
     /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]. Used in the
     /// backend's entry.

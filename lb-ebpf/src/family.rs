@@ -137,6 +137,10 @@ pub trait Family: Sized {
     fn answer() -> u64;
     /// [`crate::stateless`]'s subprogram that tells of a flow that is not recorded.
     fn describe() -> u64;
+    /// [`crate::stateless`]'s subprogram that tells whether answers need no record to find the arrival's client.
+    fn returns() -> u64;
+    /// [`crate::stateless`]'s subprogram for an answer that goes through a gateway although its flow is recorded.
+    fn through_gateway() -> u64;
 
     /// One of the addresses that `nat` sends from, for a flow with this hash; `None` if each
     /// backend has its own.
@@ -390,6 +394,16 @@ impl Family for V4 {
     #[inline(always)]
     fn describe() -> u64 {
         flow::describe4()
+    }
+
+    #[inline(always)]
+    fn returns() -> u64 {
+        flow::returns4()
+    }
+
+    #[inline(always)]
+    fn through_gateway() -> u64 {
+        flow::through_gateway4()
     }
 
     #[inline(always)]
@@ -763,6 +777,16 @@ impl Family for V6 {
     #[inline(always)]
     fn describe() -> u64 {
         flow::describe6()
+    }
+
+    #[inline(always)]
+    fn returns() -> u64 {
+        flow::returns6()
+    }
+
+    #[inline(always)]
+    fn through_gateway() -> u64 {
+        flow::through_gateway6()
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@
 use crate::{
     atomic, checksum,
     family::Family,
-    flow::{self, Decision, FOLLOW, NOT_OURS, Work, change, dropped, refused, too_big},
+    flow::{self, Decision, FOLLOW, NOT_OURS, Work, change, dropped, refused, table, too_big},
     frame::Frame,
     lookup, maps,
     parse::{Link, Packet, TcpFlags, protocol},
@@ -160,6 +160,59 @@ pub fn returns<F: Family>(
         && maps::GATEWAYS.get(service).is_some_and(leads_back)
 }
 
+/// [`returns`] for the flow that is being placed.
+#[inline(always)]
+pub fn returns_to_arrival<F: Family>() -> u64 {
+    let Some(work) = F::work() else {
+        return 0;
+    };
+    let Some(backend) = maps::BACKENDS.get(work.backend) else {
+        return 0;
+    };
+    let arrival = &work.arrival;
+    let sender = Sender {
+        l2: arrival.l2,
+        ifindex: arrival.ifindex,
+        tags: arrival.tags,
+    };
+    returns::<F>(work.service, backend, arrival.key.src, &sender).into()
+}
+
+/// Fills `work.client` and `work.way` for an answer whose flow is recorded in entry `work.number`, and goes through its
+/// service's gateway all the same.
+#[inline(always)]
+pub fn through_gateway<F: Family>() -> Decision {
+    let Some(work) = F::work() else {
+        return NOT_OURS;
+    };
+    let Some(flow) = table::flow::<F>(work.number) else {
+        return NOT_OURS;
+    };
+    let number = flow.service;
+    table::copy(&raw mut work.client, flow);
+    let Some(gateway) = maps::GATEWAYS.get(number) else {
+        return NOT_OURS;
+    };
+    leave_through::<F>(work, gateway, number)
+}
+
+/// The way of what `work.client` says through a gateway.
+#[inline(always)]
+fn leave_through<F: Family>(work: &mut Work<F::Addr>, gateway: &Gateway, service: u32) -> Decision {
+    if gateway.flags & GATEWAY_RESOLVED == 0 {
+        return dropped(DropReason::NoNeighbour, service);
+    }
+    let arrival = &work.arrival;
+    if flow::exceeds(arrival.packet_len, gateway.mtu.into(), arrival.ifindex) {
+        return too_big(gateway.mtu, service);
+    }
+    let flow = &mut work.client;
+    rewrite::copy_link(&mut flow.l2, &gateway.l2);
+    (flow.ifindex, flow.tags) = (gateway.ifindex, gateway.tags);
+    work.way.set(&gateway.l2, gateway.ifindex, gateway.tags);
+    FOLLOW
+}
+
 /// What becomes in `dnat` of a client's packet with the key `work.arrival.key`.
 #[inline(always)]
 fn towards_backend<F: Family>(work: &mut Work<F::Addr>, backend: &Backend) {
@@ -182,7 +235,8 @@ fn towards_backend<F: Family>(work: &mut Work<F::Addr>, backend: &Backend) {
 /// record its flows; its key is `work.arrival.key`. [`NOT_OURS`] if it is none.
 ///
 /// It is one if a packet the other way round, to the VIP, would belong to this very backend without being
-/// recorded. `work.client` and `work.way` say then what becomes of it.
+/// recorded. `work.client` and `work.way` say then what becomes of it, and `work.unsure` whether `work.other_key`, the
+/// key of such a packet, may be recorded all the same: then its client is with another backend.
 #[inline(always)]
 pub fn answer<F: Family>() -> Decision {
     let Some(work) = F::work() else {
@@ -216,17 +270,16 @@ pub fn answer<F: Family>() -> Decision {
         dport: gateway.port,
         protocol: key.protocol,
     };
-    if owners(service, &asked).old != number {
+    let owners = owners(service, &asked);
+    if owners.old != number {
         return NOT_OURS;
     }
+    work.other_key = asked;
+    work.unsure = u32::from(!owners.settled);
+    let arrival = &work.arrival;
+    let key = &arrival.key;
     if arrival.can_travel == 0 {
         return refused(DropReason::TtlExceeded, service_number);
-    }
-    if gateway.flags & GATEWAY_RESOLVED == 0 {
-        return dropped(DropReason::NoNeighbour, service_number);
-    }
-    if flow::exceeds(arrival.packet_len, gateway.mtu.into(), arrival.ifindex) {
-        return too_big(gateway.mtu, service_number);
     }
     let flow = &mut work.client;
     let addresses = checksum::replaced(key.src, vip);
@@ -242,10 +295,7 @@ pub fn answer<F: Family>() -> Decision {
     flow.generation = backend.generation.into();
     flow.forward = forward::DNAT;
     flow.direction = DIRECTION_BACKEND;
-    rewrite::copy_link(&mut flow.l2, &gateway.l2);
-    (flow.ifindex, flow.tags) = (gateway.ifindex, gateway.tags);
-    work.way.set(&gateway.l2, gateway.ifindex, gateway.tags);
-    FOLLOW
+    leave_through::<F>(work, gateway, service_number)
 }
 
 /// When a SYN came first, if it is a repetition of one that came a while ago, so that nobody seems to have
@@ -278,33 +328,46 @@ const fn mark(flow_hash: u32, sequence: u32) -> u32 {
     (flow_hash.rotate_left(16) ^ sequence) | 1
 }
 
-/// Whether an answer that [`answer`] has found is kept from the client: the refusal of a SYN that came a moment ago.
-/// Its next one tries another backend, if there is one; but only once, or it would not hear of it if all of them
-/// refuse.
+/// Notes the answer to a SYN that [`answer`] has found. Whether it is kept from the client: the refusal of a SYN that
+/// came a moment ago. Its next one tries another backend, if there is one; but only once, or it would not hear of it
+/// if all of them refuse.
 #[inline(always)]
 pub fn keeps_refusal<F: Family>(frame: &Frame, packet: &Packet<F>, flow: &Flow<F::Addr>) -> bool {
-    const REFUSAL: u8 = TcpFlags::RST | TcpFlags::ACK;
     let Some(tcp) = packet.tcp(frame) else {
         return false;
     };
     let sequence: u32 = tcp.read(offset_of!(TcpHdr, seq));
+    let accepts = packet.flags.any(TcpFlags::SYN);
     // RFC 9293 section 3.10.7.1: nothing else is reset by a segment with sequence number 0.
-    if packet.flags.0 & REFUSAL != REFUSAL || sequence != 0 {
+    let refuses = packet.flags.any(TcpFlags::RST) && sequence == 0;
+    if !packet.flags.any(TcpFlags::ACK) || !accepts && !refuses {
         return false;
     }
-    change::count_load(flow.backend, change::RESETS);
-    let plural = maps::SERVICES
-        .get(flow.service)
-        .is_some_and(|service| service.flags & SERVICE_PLURAL != 0);
+    if refuses {
+        change::count_load(flow.backend, change::RESETS);
+    }
     let flow_hash = hash::flow_hash(&flow.opposite(u32::from(packet.protocol)));
-    let Some(recent) = maps::RECENT_SYNS.get(hash::slot_of(flow_hash, maps::RECENT)) else {
+    let place = hash::slot_of(flow_hash, maps::RECENT);
+    let Some(recent) = maps::RECENT_SYNS.get_ptr_mut(place) else {
         return false;
     };
     let acknowledged = u32::from_be(tcp.read(offset_of!(TcpHdr, ack_seq)));
     let asked = mark(flow_hash, acknowledged.wrapping_sub(1).to_be());
-    plural
-        && (*recent >> 32) as u32 == asked
-        && ticks_since(flow::now(), *recent as u32) < SYN_REPEATED
+    // SAFETY: as in `unanswered_since`.
+    let before = unsafe { recent.read_volatile() };
+    if (before >> 32) as u32 != asked {
+        return false;
+    }
+    if accepts {
+        // A SYN that comes again is not without an answer: it was lost on the client's side.
+        // SAFETY: as above.
+        unsafe { recent.write_volatile(0) };
+        return false;
+    }
+    let plural = maps::SERVICES
+        .get(flow.service)
+        .is_some_and(|service| service.flags & SERVICE_PLURAL != 0);
+    plural && ticks_since(flow::now(), before as u32) < SYN_REPEATED
 }
 
 /// A flow of this slot is going to be recorded although the slot is settled: from now on the flow
@@ -357,6 +420,8 @@ pub struct Owners {
     pub new: u32,
     /// The backend that it is with if it is not new, or [`NO_BACKEND`].
     pub old: u32,
+    /// Whether no flow of its slot is with another backend.
+    pub settled: bool,
 }
 
 /// Who has the flow of `key`, which is not recorded.
@@ -368,6 +433,7 @@ pub fn owners<A: Address>(service: &Service, key: &FlowKey<A>) -> Owners {
     let mut owners = Owners {
         new: slot.backend,
         old: slot.unrecorded(),
+        settled: slot.is_settled() && service.previous_table == 0,
     };
     if service.previous_table != 0 {
         // The slots of two tables have nothing to do with each other.
@@ -389,9 +455,7 @@ pub fn describe<F: Family>() -> u64 {
     // Whatever the lane of its address.
     let found = lookup::service::<F>(key.dst, key.dport, key.protocol as u8, LANE_ANY_PORT);
     let Some((number, service)) = found.filter(|(_, s)| s.flags & SERVICE_STATELESS != 0) else {
-        // The packet that it is about is small enough, and has come as far as it should.
-        (work.arrival.packet_len, work.arrival.can_travel) = (1, 1);
-        return u64::from(F::answer() == FOLLOW);
+        return 0;
     };
     let owners = owners(service, key);
     let backend = maps::BACKENDS.get(owners.old);

@@ -21,7 +21,7 @@ use crate::{
 use core::mem::offset_of;
 use lb_common::{
     filter::{LANE_NAT_SOURCE, LANE_ORIGIN, LANE_STATELESS},
-    flow::{DIRECTION_BACKEND, Flow},
+    flow::{DIRECTION_BACKEND, Flow, THROUGH_GATEWAY},
     flow_table::KeyWords,
 };
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
@@ -142,6 +142,9 @@ fn follow<F: Family>(frame: &Frame, packet: &Packet<F>, lane: u8) -> Option<Outg
         return answer(frame, packet, lane);
     };
     let (mtu, tags) = if flow.direction == DIRECTION_BACKEND {
+        if flow.ifindex == THROUGH_GATEWAY {
+            return None;
+        }
         (flow.mtu, flow.tags)
     } else {
         let backend = maps::BACKENDS.get(flow.backend)?;
@@ -179,7 +182,7 @@ fn answer<F: Family>(frame: &Frame, packet: &Packet<F>, lane: u8) -> Option<Outg
     work.arrival.packet_len = packet.packet_len;
     work.arrival.ifindex = frame.ingress();
     work.arrival.can_travel = 1;
-    let found = F::answer() == FOLLOW && work.way.tags == 0;
+    let found = F::answer() == FOLLOW && work.unsure == 0 && work.way.tags == 0;
     found.then_some(Outgoing {
         flow: &work.client,
         l2: &work.way.l2,

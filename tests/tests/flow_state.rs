@@ -87,6 +87,8 @@ struct World {
     now: Instant,
     kind: Kind,
     policy: u8,
+    /// The Ethernet address of the router that is the gateway now.
+    router: Mac,
     pool: BTreeMap<u8, Member>,
     /// Flows by client address and port.
     known: BTreeMap<(u32, u16), Flow>,
@@ -99,12 +101,13 @@ fn host(n: u8) -> IpAddr {
     IpAddr::from([198, 18, 0, n])
 }
 
-fn hop(address: IpAddr) -> Option<Hop> {
+/// The way to an address; the gateway is the router with this Ethernet address.
+fn hop(address: IpAddr, router: Mac) -> Option<Hop> {
     let IpAddr::V4(v4) = address else { return None };
     let is_gateway = v4 == GATEWAY.v4;
     Some(Hop {
         destination: if is_gateway {
-            GATEWAY.mac
+            router
         } else {
             [2, 0, 0, 0, 1, v4.octets()[3]]
         },
@@ -117,11 +120,11 @@ fn hop(address: IpAddr) -> Option<Hop> {
 }
 
 /// The neighbour that a client comes from: most of them come through the gateway.
-const fn neighbour(client: (u32, u16)) -> Mac {
+const fn neighbour(client: (u32, u16), router: Mac) -> Mac {
     if client.1.is_multiple_of(8) {
         STRANGER.mac
     } else {
-        GATEWAY.mac
+        router
     }
 }
 
@@ -145,6 +148,7 @@ impl World {
             now: Instant::now(),
             kind,
             policy,
+            router: GATEWAY.mac,
             pool: BTreeMap::new(),
             known: BTreeMap::new(),
             packets: 0,
@@ -203,6 +207,8 @@ impl World {
             held: false,
             backends: self.pool.iter().map(backend).collect(),
         };
+        let router = self.router;
+        let hop = |address| hop(address, router);
         let ops = self.reconciler.plan(&[wanted], &[], hop, self.now).unwrap();
         self.apply(&ops);
     }
@@ -216,7 +222,7 @@ impl World {
         let packet: Packet = transport(Family::V4, self.kind.protocol)
             .from(IpAddr::from(Ipv4Addr::from(client.0)), client.1)
             .to(IpAddr::from(VIP), PORT)
-            .macs(neighbour(client), BALANCER.mac);
+            .macs(neighbour(client, self.router), BALANCER.mac);
         let packet = match (self.kind.protocol, opens) {
             (TCP, true) => packet.syn(),
             (TCP, false) => packet.ack(),
@@ -256,7 +262,7 @@ impl World {
             .unwrap();
         self.packets += 1;
         let expected = packet
-            .macs(BALANCER.mac, neighbour(client))
+            .macs(BALANCER.mac, neighbour(client, self.router))
             .from(IpAddr::from(VIP), PORT)
             .ttl(63);
         assert_eq!(
@@ -328,6 +334,12 @@ impl World {
     }
 
     fn change_pool(&mut self) {
+        if self.random.one_in(4) {
+            // The other router takes over, and has its address.
+            self.router[4] ^= 1;
+            self.plan();
+            return;
+        }
         let n = 1 + self.random.below(12) as u8;
         let up = self
             .pool

@@ -24,7 +24,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend},
     client::ClientKey,
     filter::{LANE_NAT_SOURCE, LANE_ORIGIN, LANE_VIP},
-    flow::{DIRECTION_BACKEND, Flow, FlowKey, state},
+    flow::{DIRECTION_BACKEND, Flow, FlowKey, THROUGH_GATEWAY, state},
     fragment::{Datagram, FragmentKey},
     service::forward,
     stats::DropReason,
@@ -105,6 +105,8 @@ pub struct Work<A> {
     pub moves: u32,
     /// 1 if a half-open flow has become one like any other.
     pub settles: u32,
+    /// 1 if an answer whose flow is not recorded may be of one whose client is with another backend.
+    pub unsure: u32,
     /// 1 if a new flow is to be recorded.
     pub recording: u32,
     /// 1 if it is to be recorded among the half-open ones.
@@ -239,7 +241,16 @@ fn to_client<F: Family>(
     flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
-    if exceeds(packet.packet_len, flow.mtu, frame.ingress()) {
+    let through_gateway = flow.ifindex == THROUGH_GATEWAY;
+    if through_gateway {
+        let work = F::work().ok_or(Verdict::PASS)?;
+        work.arrival.packet_len = packet.packet_len;
+        work.arrival.ifindex = frame.ingress();
+        match F::through_gateway() {
+            FOLLOW => {}
+            decision => return Err(ended(decision)),
+        }
+    } else if exceeds(packet.packet_len, flow.mtu, frame.ingress()) {
         return Err(Verdict::too_big(flow.mtu as u16, flow.service));
     }
     touch(flow, now);
@@ -252,6 +263,15 @@ fn to_client<F: Family>(
             FOLLOW => {}
             decision => return Err(ended(decision)),
         }
+    }
+    if through_gateway {
+        let work = F::work().ok_or(Verdict::PASS)?;
+        return Ok(Outgoing {
+            flow: &work.client,
+            l2: &work.way.l2,
+            ifindex: work.way.ifindex,
+            tags: work.way.tags,
+        });
     }
     Ok(Outgoing {
         flow,
@@ -363,8 +383,11 @@ fn begin<F: Family>(
     // The port that a client's packets come from may be that of a service, or its address share the lane of a VIP.
     if decision == NOT_OURS && !packet.flags.opens() {
         decision = F::answer();
+        if decision == FOLLOW && work.unsure != 0 && F::find(table::OTHER) != table::NONE {
+            decision = NOT_OURS;
+        }
         if decision == FOLLOW
-            && packet.flags.any(TcpFlags::RST)
+            && packet.flags.any(TcpFlags::SYN | TcpFlags::RST)
             && stateless::keeps_refusal(frame, packet, &work.client)
         {
             decision = dropped(DropReason::Refused, work.client.service);
@@ -425,7 +448,7 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident) => {
+    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident, $returns:ident, $through_gateway:ident) => {
         /// [`table::find`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -509,6 +532,20 @@ macro_rules! subprograms {
         pub extern "C" fn $describe() -> u64 {
             stateless::describe::<$family>()
         }
+
+        /// [`stateless::returns_to_arrival`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $returns() -> u64 {
+            stateless::returns_to_arrival::<$family>()
+        }
+
+        /// [`stateless::through_gateway`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $through_gateway() -> Decision {
+            stateless::through_gateway::<$family>()
+        }
     };
 }
 
@@ -525,7 +562,9 @@ subprograms!(
     revise4,
     note_reply4,
     answer4,
-    describe4
+    describe4,
+    returns4,
+    through_gateway4
 );
 subprograms!(
     crate::family::V6,
@@ -540,5 +579,7 @@ subprograms!(
     revise6,
     note_reply6,
     answer6,
-    describe6
+    describe6,
+    returns6,
+    through_gateway6
 );

@@ -14,14 +14,13 @@ use crate::{
     parse::{TcpFlags, protocol},
     pressure,
     select::{self, ALL_FULL},
-    stateless::{self, Sender},
-    stats,
+    stateless, stats,
 };
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, LOCAL, NO_BACKEND},
     csum,
-    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, state},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, THROUGH_GATEWAY, state},
     hash,
     service::{
         SERVICE_GUARDED, SERVICE_STATELESS, Service, forward, on_backend_down, on_no_backend,
@@ -143,14 +142,15 @@ pub fn choose<F: Family>() -> Decision {
     if exceeds(arrival.packet_len, backend.mtu.into(), arrival.ifindex) {
         return too_big(backend.mtu, number);
     }
-    if stateless && translates && work.recording == 0 {
-        let sender = Sender {
-            l2: arrival.l2,
-            ifindex: arrival.ifindex,
-            tags: arrival.tags,
-        };
-        let returns = stateless::returns::<F>(number, backend, key.src, &sender);
-        work.recording = u32::from(!returns);
+    work.service = number;
+    work.backend = backend_number;
+    let returns = stateless && translates && F::returns() != 0;
+    if stateless && translates && !returns && work.recording == 0 {
+        work.recording = 1;
+        if pressure::is_high(work.arrival.now) {
+            work.opening = 1;
+            pressure::note_opening(work.arrival.now);
+        }
     }
     let arrival = &work.arrival;
     let key = &arrival.key;
@@ -160,8 +160,6 @@ pub fn choose<F: Family>() -> Decision {
     } else {
         service.forward
     };
-    work.service = number;
-    work.backend = backend_number;
     // What the packet is rewritten to, reversed: what a reply will look like. Where nothing is
     // rewritten that is the client's own tuple.
     work.reply_key = FlowKey {
@@ -208,6 +206,9 @@ pub fn choose<F: Family>() -> Decision {
         proven: u8::from(udp || !opens),
         mtu: interface_mtu(arrival.ifindex),
     };
+    if returns {
+        work.reply.ifindex = THROUGH_GATEWAY;
+    }
     FOLLOW
 }
 

@@ -7,7 +7,7 @@
 use crate::{
     checksum,
     family::{Family, V4, V6},
-    flow::table,
+    flow::{FOLLOW, table},
     frame::{Cursor, Frame},
     lookup, maps, parse,
     parse::protocol,
@@ -20,7 +20,7 @@ use lb_common::{
     addr::Address,
     backend::BACKEND_RESOLVED,
     csum,
-    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey},
+    flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, THROUGH_GATEWAY},
     hash,
     service::forward,
     stats::DropReason,
@@ -54,10 +54,26 @@ pub fn carry_on<F: Family>(frame: &Frame, link: &parse::Link) -> Verdict {
         return Verdict::PASS;
     };
     work.number = F::find(table::ARRIVAL);
-    if work.number == table::NONE && F::describe() == 0 {
-        return Verdict::PASS;
+    // What it is about was small enough, and had come as far as it should.
+    (work.arrival.packet_len, work.arrival.can_travel) = (1, 1);
+    if work.number == table::NONE {
+        if F::describe() == 0 && F::answer() != FOLLOW {
+            return Verdict::PASS;
+        }
+    } else if leaves_through_gateway::<F>(work.number) {
+        if F::through_gateway() != FOLLOW {
+            return Verdict::PASS;
+        }
+        work.number = table::NONE;
     }
     rewrite::finish::<F>(frame, link, F::carry_error(frame.ctx))
+}
+
+/// Whether a flow's packets go to the gateway of its service.
+#[inline(always)]
+fn leaves_through_gateway<F: Family>(number: table::Number) -> bool {
+    table::flow::<F>(number)
+        .is_some_and(|flow| flow.direction == DIRECTION_BACKEND && flow.ifindex == THROUGH_GATEWAY)
 }
 
 /// An ICMP error and what it quotes.
@@ -138,7 +154,7 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     let flow = match table::flow::<F>(work.number) {
         Some(flow) => &*flow,
         None => {
-            // What `F::describe` has found.
+            // What `carry_on` has found.
             // SAFETY: per-CPU memory, which nothing changes before the error has left.
             unsafe { &*core::ptr::from_ref(&work.client) }
         }

@@ -78,6 +78,7 @@ pub(super) struct Placed {
     pub(super) service: Service,
     pub(super) name: usize,
     pub(super) listen: usize,
+    pub(super) gateway: Option<usize>,
     pub(super) backends: Vec<usize>,
 }
 
@@ -189,6 +190,7 @@ pub(super) fn service(
         .get("gateway")
         .map(|entry| gateway(&entry, mode, listen, &backends))
         .transpose()?;
+    let gateway_offset = gateway.as_ref().map(|at| at.offset);
     let has_gateway = gateway.is_some();
     let why = records_all(
         (mode, has_gateway),
@@ -267,6 +269,7 @@ pub(super) fn service(
         },
         name: name_offset,
         listen: listen_offset,
+        gateway: gateway_offset,
         backends: backend_offsets,
     })
 }

@@ -56,6 +56,16 @@ pub(super) fn check(
     }
     for placed in services {
         backends(root, placed, &vips)?;
+        if let Some((gateway, offset)) = placed.service.gateway.zip(placed.gateway)
+            && let Some(other) = vips.get(&gateway)
+        {
+            let message = format!(
+                "gateway {gateway} is the VIP of service \"{}\"; write the address of the router that clients come \
+                 through",
+                other.service.name
+            );
+            return Err(refuse(root, &placed.service, offset, &message));
+        }
     }
     origins(root, services)?;
     room(root, limits, limits_offset, services)
@@ -224,16 +234,18 @@ fn room(
         let ports: u64 = of_family()
             .map(|service| u64::from(service.listen.ports.count()))
             .sum();
-        // Where answers come from is kept in the same maps.
+        // Where answers come from is kept in the same maps, of backends that wait for their flows to end as well.
         let origins: u64 = of_family()
             .filter(|service| service.gateway.is_some())
             .map(|service| service.backends.len() as u64)
             .sum();
-        let count = ports + origins;
+        let count = ports + 2 * origins;
         if count > u64::from(limits.listeners) {
             let mut what = format!("{ports} ports on {family} VIPs");
             if origins > 0 {
-                what += &format!(" and {origins} backends of services with a gateway");
+                what += &format!(
+                    " and {origins} backends of services with a gateway, and their replacements"
+                );
             }
             return Err(too_small("listeners", limits.listeners, count, &what));
         }

@@ -293,6 +293,10 @@ pub fn find(maps: &Maps) -> Result<Found> {
             found.tables.insert(first, slots.collect());
         }
     }
+    found.lanes = (0..maps.address_filter.len())
+        .map(|element| (element, maps.address_filter.read(element)))
+        .filter(|(_, lanes)| *lanes != 0)
+        .collect();
     found.backends = (1..maps.backends.len())
         .map(|number| (number, maps.backends.read(number)))
         .filter(|(_, record)| record.generation != 0 || record.service != 0)

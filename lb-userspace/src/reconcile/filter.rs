@@ -18,6 +18,8 @@ pub fn lane_of(address: IpAddr) -> u32 {
 #[derive(Debug, Default)]
 pub struct Filter {
     wanted: HashMap<(u32, u8), u32>,
+    /// Bits that stay whoever wants them, by element.
+    kept: HashMap<u32, u64>,
 }
 
 impl Filter {
@@ -41,10 +43,18 @@ impl Filter {
         Some(self.element(lane))
     }
 
+    /// Keeps a bit for good, in each lane of an element that has it.
+    pub fn keep(&mut self, element: u32, lanes: u64, bit: u8) {
+        let kept = lanes & u64::from_ne_bytes([bit; 8]);
+        if kept != 0 {
+            *self.kept.entry(element).or_default() |= kept;
+        }
+    }
+
     /// The element that holds `lane`, and its value.
     fn element(&self, lane: u32) -> (u32, u64) {
         let (element, _) = filter::place(lane);
-        let mut value = 0;
+        let mut value = self.kept.get(&element).copied().unwrap_or_default();
         for lane in element * 8..element * 8 + 8 {
             let (_, shift) = filter::place(lane);
             for bit in (0..u8::BITS).map(|n| 1 << n) {

@@ -259,6 +259,8 @@ struct Held {
     access: BTreeMap<Prefix, bool>,
     /// What becomes of answers; zero if all its flows are recorded.
     gateway: GatewayRecord,
+    /// The router that it is the way to; `None` also if that is not known.
+    gateway_address: Option<IpAddr>,
     /// What of the table changed lately, in a stateless service.
     delta: Option<Delta>,
     /// How long a flow of it may be silent.
@@ -352,6 +354,8 @@ pub struct Found {
     pub origins: Vec<(SocketAddr, Protocol, u32)>,
     /// VIPs and their flags.
     pub vips: Vec<(IpAddr, u32)>,
+    /// Every element of map `address_filter` that is not zero, by its number.
+    pub lanes: HashMap<u32, u64>,
 }
 
 impl Reconciler {
@@ -377,6 +381,10 @@ impl Reconciler {
     /// explains is removed, and the filter made to cover what is.
     pub fn adopt(&mut self, mut found: Found) -> Vec<Op> {
         let mut ops = Vec::new();
+        // Flows may still be sent from an address that nothing else tells of.
+        for (element, lanes) in found.lanes {
+            self.filter.keep(element, lanes, LANE_NAT_SOURCE);
+        }
         let mut by_number: HashMap<u32, Vec<ServiceKey>> = HashMap::new();
         for (id, number) in keys::runs_of(found.services) {
             by_number.entry(number).or_default().push(id);
@@ -434,6 +442,7 @@ impl Reconciler {
                     } else {
                         no_gateway()
                     },
+                    gateway_address: None,
                     delta: stateless.then(|| Delta::adopt(slots, replaced)),
                     idle_timeout: Duration::ZERO,
                     table_size: 0,
@@ -863,6 +872,7 @@ impl Reconciler {
                 members_digest: digest_of(&[]),
                 access: BTreeMap::new(),
                 gateway: no_gateway(),
+                gateway_address: None,
                 delta: None,
                 idle_timeout: Duration::ZERO,
                 table_size: 0,
@@ -934,7 +944,13 @@ impl Reconciler {
             }
         }
         if let Some(gateway) = wanted.gateway {
-            let record = gateway_record(&wanted.id, hop(gateway), &held.gateway);
+            // This host itself is no router that clients come through.
+            let way = hop(gateway).filter(|hop| hop.ifindex != LOCAL);
+            let is_same = held.gateway_address == Some(gateway);
+            if way.is_some() {
+                held.gateway_address = Some(gateway);
+            }
+            let record = gateway_record(&wanted.id, way, is_same, &held.gateway);
             if record != held.gateway {
                 held.gateway = record;
                 ops.push(Op::Gateway {
@@ -1103,6 +1119,10 @@ impl Reconciler {
             let Some(delta) = &mut held.delta else {
                 continue;
             };
+            // How long windows last is not known until it has been planned.
+            if held.idle_timeout.is_zero() {
+                continue;
+            }
             let first = region_of(held.record.table).first;
             let mut reslot = |changes: Changes| {
                 if !changes.is_empty() {
@@ -1201,6 +1221,7 @@ impl Reconciler {
     /// Answers of the service are found by recorded flows alone from now on, as its record says.
     fn drop_gateway(&mut self, protocol: Protocol, held: &mut Held, ops: &mut Vec<Op>) {
         held.gateway = no_gateway();
+        held.gateway_address = None;
         ops.push(Op::Gateway {
             number: held.number,
             record: held.gateway,
@@ -1341,17 +1362,22 @@ fn no_gateway() -> GatewayRecord {
     bytemuck::Zeroable::zeroed()
 }
 
-/// The record of a gateway; without a way to it the last one known stays in, marked as unusable.
-fn gateway_record(id: &ServiceKey, hop: Option<Hop>, before: &GatewayRecord) -> GatewayRecord {
+/// The record of a gateway. Without a way to it the last one known stays in: marked as unusable if it is lost, and in
+/// force if it is that of another gateway (`is_same` is false), until the way to the new one is known.
+fn gateway_record(
+    id: &ServiceKey,
+    hop: Option<Hop>,
+    is_same: bool,
+    before: &GatewayRecord,
+) -> GatewayRecord {
     let (port, _) = id.listen.ports.keys();
     let mut record = GatewayRecord {
         vip: from_ip(id.listen.ip),
         port: port.to_be(),
-        flags: 0,
+        flags: if is_same { 0 } else { before.flags },
         ..*before
     };
-    // This host itself is no router that clients come through.
-    if let Some(hop) = hop.filter(|hop| hop.ifindex != LOCAL) {
+    if let Some(hop) = hop {
         record.l2 = l2(&hop);
         record.ifindex = hop.ifindex;
         record.tags = hop.tags;

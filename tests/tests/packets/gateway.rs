@@ -4,6 +4,7 @@
 use lb_common::{backend::LOCAL, flow::SYN_REPEATED, service::on_backend_down, stats::DropReason};
 use sluice_tests::{
     harness::{Balancer, Counts, Expected, Outcome, Previous, Service, TCP, UDP, Verdict, service},
+    oracle,
     packet::{
         BACKEND_1, BACKEND_2, BALANCER, CLIENT, CLIENT_2, Checksum, Family, GATEWAY, Host, Packet,
         STRANGER, VIP, VIP_2, error_for, icmp_error, reset_for, time_exceeded, too_big, transport,
@@ -365,10 +366,101 @@ fn a_repeated_syn_goes_to_another_backend() {
         let second = reached(&balancer.send(&syn));
         assert_ne!(second, first);
         assert_eq!(balancer.flows(family).len(), 2);
+        // The first one answers late: nobody waits for it any more.
+        let late = answer(family, TCP, first, 40000).syn();
+        balancer.check("too late", &late, &Expected::Passed, &load(second));
         let outcome = balancer.send(&answer(family, TCP, second, 40000).syn());
         assert_eq!(outcome.frame[..6], GATEWAY.mac);
         assert_eq!(reached(&balancer.send(&asking(family, TCP, 40000))), second);
     }
+}
+
+/// One connection of a backend that is being opened.
+fn load(backend: Host) -> Counts {
+    let number = if backend == BACKEND_1 { 1 } else { 2 };
+    Counts::default().load(number, 0, 1)
+}
+
+#[test]
+fn a_syn_that_was_answered_stays_where_it_is() {
+    for family in Family::BOTH {
+        let mut balancer = Balancer::new(vec![two(family, TCP).plural()]);
+        let syn = begin(family, TCP, 45_100).seq(7000);
+        let first = reached(&balancer.send(&syn));
+        let accepts = answer(family, TCP, first, 45_100).syn().ack_number(7001);
+        for _ in 0..3 {
+            // Lost on its way to the client.
+            assert_eq!(balancer.send(&accepts).frame[..6], GATEWAY.mac);
+            sleep(Duration::from_nanos(u64::from(SYN_REPEATED + 50) << 20));
+            assert_eq!(reached(&balancer.send(&syn)), first);
+        }
+        assert_eq!(balancer.flows(family), []);
+    }
+}
+
+#[test]
+fn what_is_recorded_because_of_a_change_follows_the_gateway() {
+    each(|family, protocol| {
+        let mut balancer = Balancer::new(vec![first_of_two(family, protocol)]);
+        balancer.change(1, |s| s.previous = Some(Previous::Backend(1)));
+        balancer.send(&asking(family, protocol, 40000));
+        assert_eq!(balancer.flows(family).len(), 2);
+        let mut l2 = [0; 12];
+        l2[..6].copy_from_slice(&STRANGER.mac);
+        l2[6..].copy_from_slice(&BALANCER.mac);
+        balancer.write_gateway(1, |gateway| {
+            (gateway.l2, gateway.mtu) = (bytemuck::cast(l2), 1280);
+        });
+        let answers = answer(family, protocol, BACKEND_2, 40000);
+        assert_eq!(balancer.send(&answers).frame[..6], STRANGER.mac);
+        let large = answers.clone().payload(vec![1; 1300]);
+        let outcome = balancer.send(&large);
+        let told = error_for(&large, too_big(family, 1280));
+        assert_eq!(outcome.frame, told.build());
+        // A router on the backend's side tells the client of its request.
+        let sent = transport(family, protocol)
+            .from(CLIENT, 40000)
+            .to(BACKEND_2, PORT)
+            .payload(*b"any");
+        let error = icmp_error(family, time_exceeded(family), &sent, 64)
+            .macs(BACKEND_2.mac, BALANCER.mac)
+            .from(GATEWAY, 0)
+            .to(CLIENT, 0);
+        assert_eq!(balancer.send(&error).frame[..6], STRANGER.mac);
+        balancer.write_gateway(1, |gateway| gateway.flags = 0);
+        let outcome = balancer.send(&answers);
+        assert_eq!(outcome.counts.drops[DropReason::NoNeighbour.name()], 1);
+    });
+}
+
+#[test]
+fn a_flood_past_the_gateway_fills_no_table() {
+    each(|family, protocol| {
+        let mut balancer = Balancer::new(vec![two(family, protocol)]);
+        balancer.set_new_flows(1);
+        let near = |packet: Packet| packet.macs(CLIENT_2.mac, BALANCER.mac);
+        for port in 40000..40100 {
+            reached(&balancer.send(&near(begin(family, protocol, port))));
+        }
+        assert!(
+            balancer.flows(family).len() < 20,
+            "{}",
+            balancer.flows(family).len()
+        );
+        // Whoever is real completes his handshake.
+        let port = 40099;
+        let backend = reached(&balancer.send(&near(begin(family, protocol, port))));
+        let answers = answer(family, protocol, backend, port);
+        let answers = if protocol == TCP {
+            answers.syn()
+        } else {
+            answers
+        };
+        assert_eq!(balancer.send(&answers).frame[..6], CLIENT_2.mac);
+        let outcome = balancer.send(&near(asking(family, protocol, port)));
+        assert_eq!(reached(&outcome), backend);
+        balancer.set_new_flows(0);
+    });
 }
 
 #[test]
@@ -475,5 +567,20 @@ fn another_service_on_the_same_host_is_left_alone() {
         assert_eq!(reached(&outcome), BACKEND_1);
         assert_eq!(balancer.flows(family).len(), 2);
         assert_eq!(outcome.counts.services[&2].connections, 1);
+        let (port, _) = oracle::ports(&outcome.frame).expect("TCP or UDP");
+        let answers = transport(family, protocol)
+            .macs(BACKEND_1.mac, BALANCER.mac)
+            .from(BACKEND_1, 9090)
+            .to(BALANCER, port);
+        let answers = if protocol == TCP {
+            answers.ack()
+        } else {
+            answers
+        };
+        let outcome = balancer.send(&answers);
+        assert_eq!(outcome.counts.services[&2].packets_out, 1);
+        // Without a record, it is nobody's.
+        let outcome = balancer.send(&answers.to(CLIENT, 40000));
+        assert_eq!(outcome.verdict, Verdict::Pass);
     });
 }

@@ -209,6 +209,14 @@ fn mistakes_about_a_gateway_name_line_and_remedy() {
     assert!(
         error.ends_with("forward \"nat\" needs every flow recorded; remove track = \"changes\"")
     );
+    let text = with_service("forward = \"dnat\"\ngateway = \"198.51.100.20\"");
+    let other = "[[service]]\nname = \"other\"\nlisten = \"198.51.100.20:80\"";
+    let error = parse(&format!("{text}\n{other}\n")).unwrap_err();
+    assert_eq!(
+        error,
+        "lb.toml:7: service \"web\": gateway 198.51.100.20 is the VIP of service \"other\"; write the address of \
+         the router that clients come through"
+    );
     for ports in ["80-81", "*"] {
         let text = with_service("forward = \"dnat\"\ngateway = \"192.0.2.1\"");
         let error = parse(&text.replace(":80\"", &format!(":{ports}\""))).unwrap_err();
@@ -301,11 +309,11 @@ fn what_answers_come_from_needs_room_among_the_listeners() {
         dnat(&lines)
     };
     assert_eq!(
-        with(2).unwrap_err(),
-        "lb.toml:12: limits: listeners = 2 is too small for 1 ports on IPv4 VIPs and 2 backends of \
-         services with a gateway; write listeners = 3 or more"
+        with(4).unwrap_err(),
+        "lb.toml:12: limits: listeners = 4 is too small for 1 ports on IPv4 VIPs and 2 backends of \
+         services with a gateway, and their replacements; write listeners = 5 or more"
     );
-    assert!(with(3).is_ok());
+    assert!(with(5).is_ok());
 }
 
 fn daemon(line: &str) -> Result<Config, String> {

@@ -190,6 +190,7 @@ impl Fake {
                 .map(|((a, p), n)| (*a, *p, *n))
                 .collect(),
             vips: self.vips.iter().map(|(a, f)| (*a, *f)).collect(),
+            lanes: self.lanes.iter().map(|(n, value)| (*n, *value)).collect(),
         }
     }
 }

@@ -233,6 +233,97 @@ fn a_gateway_out_of_reach_keeps_its_last_address() {
 }
 
 #[test]
+fn another_gateway_is_in_force_when_its_way_is_known() {
+    const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(203, 0, 113, 253));
+    let now = Instant::now();
+    let mut reconciler = Reconciler::new(10, 10, 10_000);
+    let mut fake = Fake::default();
+    let wanted = [stateless(1, &[(1, 1)])];
+    reach(&mut reconciler, &mut fake, &wanted, now);
+    let before = fake.gateways[&1];
+    let wanted = wanted.map(|service| Service {
+        gateway: Some(OTHER),
+        ..service
+    });
+    let mut plan = |known: bool| {
+        let way = |way: Hop| {
+            let destination = [2, 0, 0, 0, 0, 9];
+            known.then_some(Hop { destination, ..way })
+        };
+        let hop = |address| match address {
+            OTHER => hop(address).and_then(way),
+            address => hop(address),
+        };
+        reconciler.plan(&wanted, &[], hop, now).unwrap()
+    };
+    assert_eq!(plan(false), [], "the one before goes on");
+    let [Op::Gateway { number: 1, record }] = plan(true)[..] else {
+        panic!("no gateway");
+    };
+    assert_ne!(record.l2, before.l2);
+    let [Op::Gateway { number: 1, record }] = plan(false)[..] else {
+        panic!("no gateway");
+    };
+    assert_eq!(record.flags, 0, "and is lost");
+}
+
+#[test]
+fn windows_last_until_a_new_daemon_knows_how_long() {
+    let now = Instant::now();
+    let mut fake = Fake::default();
+    let mut before = Reconciler::new(10, 10, 10_000);
+    reach(
+        &mut before,
+        &mut fake,
+        &[stateless(1, &[(1, 1), (2, 1)])],
+        now,
+    );
+    reach(
+        &mut before,
+        &mut fake,
+        &[stateless(1, &[(1, 1), (3, 1)])],
+        now,
+    );
+    let mut reconciler = Reconciler::new(10, 10, 10_000);
+    let repairs = reconciler.adopt(fake.found());
+    carry_out(&mut fake, &repairs);
+    assert_eq!(reconciler.settle(&HashMap::new(), now), []);
+    reach(
+        &mut reconciler,
+        &mut fake,
+        &[stateless(1, &[(1, 1), (3, 1)])],
+        now,
+    );
+    let window = wanted_window();
+    assert_eq!(reconciler.settle(&HashMap::new(), now + window / 2), []);
+    reconciler.settle(&HashMap::new(), now + window / 2 + window / 4);
+    assert_ne!(reconciler.settle(&HashMap::new(), now + 2 * window), []);
+}
+
+fn wanted_window() -> Duration {
+    service(1, &[]).idle_timeout
+}
+
+#[test]
+fn what_nat_has_sent_from_stays_in_the_filter_of_a_new_daemon() {
+    let source = IpAddr::from([198, 18, 0, 250]);
+    let mut fake = Fake::default();
+    let mut before = Reconciler::new(10, 10, 100);
+    let mut ops = before.hold(&HashSet::from([source]));
+    ops.extend(before.add_nat_sources(&[source]));
+    carry_out(&mut fake, &ops);
+    let whole = fake.clone();
+    let mut reconciler = Reconciler::new(10, 10, 100);
+    reconciler.hold(&HashSet::from([source]));
+    let repairs = reconciler.adopt(fake.found());
+    carry_out(&mut fake, &repairs);
+    assert_eq!(fake, whole);
+    let ops = reconciler.hold(&HashSet::new());
+    carry_out(&mut fake, &ops);
+    assert_eq!(fake.lane(source), LANE_NAT_SOURCE);
+}
+
+#[test]
 fn a_service_without_its_gateway_is_looked_up_first() {
     let now = Instant::now();
     let mut reconciler = Reconciler::new(10, 10, 10_000);
@@ -336,9 +427,12 @@ proptest! {
         let mut now = Instant::now();
         let mut fake = Fake::default();
         let mut reconciler = Reconciler::new(16, 128, 100_000);
+        // Services whose gateway this daemon has known the way to.
+        let mut known = HashSet::new();
         for (owners, services, is_known, restart, forget) in wishes {
             now += Duration::from_secs(1);
             if restart {
+                known.clear();
                 reconciler = Reconciler::new(16, 128, 100_000);
                 let ops = reconciler.adopt(fake.found());
                 carry_out(&mut fake, &ops);
@@ -365,6 +459,12 @@ proptest! {
                 }
             }
 
+            let with = wanted.iter().filter(|service| service.stateless);
+            let with: HashSet<ServiceKey> = with.map(|service| service.id).collect();
+            known.retain(|id| with.contains(id));
+            if is_known {
+                known.extend(with);
+            }
             let mut numbers = HashSet::new();
             for service in &wanted {
                 let number = reconciler.service_number(&service.id).unwrap();
@@ -381,7 +481,10 @@ proptest! {
                 }
                 if let Some(gateway) = gateway {
                     numbers.insert(number);
-                    prop_assert_eq!(gateway.flags == GATEWAY_RESOLVED, is_known);
+                    // What an earlier daemon has left stays until the way is known.
+                    if known.contains(&service.id) {
+                        prop_assert_eq!(gateway.flags == GATEWAY_RESOLVED, is_known);
+                    }
                 }
             }
             prop_assert_eq!(fake.gateways.len(), numbers.len());
