@@ -328,11 +328,11 @@ const fn mark(flow_hash: u32, sequence: u32) -> u32 {
     (flow_hash.rotate_left(16) ^ sequence) | 1
 }
 
-/// Notes the answer to a SYN that [`answer`] has found. Whether it is kept from the client: the refusal of a SYN that
+/// Notes the answer to a SYN that [`answer`] has found. `true` if it is kept from the client: the refusal of a SYN that
 /// came a moment ago. Its next one tries another backend, if there is one; but only once, or it would not hear of it
 /// if all of them refuse.
 #[inline(always)]
-pub fn keeps_refusal<F: Family>(frame: &Frame, packet: &Packet<F>, flow: &Flow<F::Addr>) -> bool {
+pub fn note_answer<F: Family>(frame: &Frame, packet: &Packet<F>, flow: &Flow<F::Addr>) -> bool {
     let Some(tcp) = packet.tcp(frame) else {
         return false;
     };

@@ -217,7 +217,15 @@ impl World {
         apply::apply(&self.dataplane.maps, ops).unwrap();
     }
 
-    /// One packet through the program: the backend it reached.
+    /// One packet through the program: its verdict and the frame afterwards.
+    fn run(&mut self, packet: &Packet) -> (u32, Vec<u8>) {
+        let frame = packet.build();
+        let run = self.dataplane.test_run(&frame, INTERFACE, 1).unwrap();
+        self.packets += 1;
+        (run.verdict, run.data)
+    }
+
+    /// A client's packet: the backend it reached.
     fn send(&mut self, client: (u32, u16), opens: bool) -> Option<u8> {
         let packet: Packet = transport(Family::V4, self.kind.protocol)
             .from(IpAddr::from(Ipv4Addr::from(client.0)), client.1)
@@ -228,14 +236,10 @@ impl World {
             (TCP, false) => packet.ack(),
             _ => packet,
         };
-        let run = self
-            .dataplane
-            .test_run(&packet.build(), INTERFACE, 1)
-            .unwrap();
-        self.packets += 1;
-        match run.verdict {
+        let (verdict, frame) = self.run(&packet);
+        match verdict {
             // A reset goes to the client.
-            SENT if run.data[..5] == [2, 0, 0, 0, 1] => Some(run.data[5]),
+            SENT if frame[..5] == [2, 0, 0, 0, 1] => Some(frame[5]),
             SENT | DROP => None,
             other => panic!("verdict {other} for {client:?}"),
         }
@@ -256,20 +260,12 @@ impl World {
             (TCP, false) => packet.ack(),
             _ => packet,
         };
-        let run = self
-            .dataplane
-            .test_run(&packet.build(), INTERFACE, 1)
-            .unwrap();
-        self.packets += 1;
+        let run = self.run(&packet);
         let expected = packet
             .macs(BALANCER.mac, neighbour(client, self.router))
             .from(IpAddr::from(VIP), PORT)
             .ttl(63);
-        assert_eq!(
-            (run.verdict, run.data),
-            (SENT, expected.build()),
-            "an answer to {client:?}"
-        );
+        assert_eq!(run, (SENT, expected.build()), "an answer to {client:?}");
     }
 
     fn begin(&mut self) {

@@ -388,7 +388,7 @@ fn begin<F: Family>(
         }
         if decision == FOLLOW
             && packet.flags.any(TcpFlags::SYN | TcpFlags::RST)
-            && stateless::keeps_refusal(frame, packet, &work.client)
+            && stateless::note_answer(frame, packet, &work.client)
         {
             decision = dropped(DropReason::Refused, work.client.service);
         }

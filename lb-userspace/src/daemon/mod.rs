@@ -355,8 +355,9 @@ impl Daemon {
                     let lost = (address, reason.clone());
                     if self.lost_gateways.insert(key, lost.clone()) != Some(lost) {
                         warn!(
-                            "service {name}: gateway {address} cannot be reached: {reason}; new flows are \
-                             recorded, and answers of those that are not are dropped until it can"
+                            "service {name}: gateway {address} cannot be reached: {reason}; until it can, new \
+                             flows are recorded, and answers of those that are not are dropped, or go to \
+                             the gateway that was configured before"
                         );
                     }
                 }

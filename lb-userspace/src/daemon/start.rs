@@ -28,7 +28,7 @@ use std::{
     fs,
     hash::{BuildHasher as _, RandomState},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
+    net::{Ipv4Addr, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path,
     sync::Arc,
@@ -217,17 +217,13 @@ fn inherit(daemon: &mut Daemon) {
     for (service, address, record) in daemon.reconciler.records() {
         let resolved = record.flags & BACKEND_RESOLVED != 0;
         if resolved {
-            let (destination, source) = ends(record.l2);
             let hop = Hop {
-                destination,
-                source,
-                ifindex: record.ifindex,
-                tags: record.tags,
                 address: to_ip(record.family, &record.source),
                 mtu: match record.mtu {
                     0 => 0,
                     mtu => u32::from(mtu) + daemon.reconciler.overhead(&service, record.family),
                 },
+                ..way(record.l2, record.ifindex, record.tags)
             };
             daemon.hops.insert(address.ip(), hop);
         }
@@ -250,28 +246,26 @@ fn inherit(daemon: &mut Daemon) {
             continue;
         };
         if record.flags & GATEWAY_RESOLVED != 0 {
-            let (destination, source) = ends(record.l2);
             let hop = Hop {
-                destination,
-                source,
-                ifindex: record.ifindex,
-                tags: record.tags,
-                // Nothing is sent from it.
-                address: match gateway {
-                    IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                    IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-                },
                 mtu: record.mtu.into(),
+                ..way(record.l2, record.ifindex, record.tags)
             };
             daemon.hops.insert(gateway, hop);
         }
     }
 }
 
-/// Destination and source of an Ethernet header's addresses.
-fn ends(l2: [u32; 3]) -> ([u8; 6], [u8; 6]) {
+/// A next hop as a record in the maps has it. Neither the balancer's address towards it nor its MTU is known.
+fn way(l2: [u32; 3], ifindex: u32, tags: u32) -> Hop {
     let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = bytemuck::cast::<_, [u8; 12]>(l2);
-    ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5])
+    Hop {
+        destination: [d0, d1, d2, d3, d4, d5],
+        source: [s0, s1, s2, s3, s4, s5],
+        ifindex,
+        tags,
+        address: Ipv4Addr::UNSPECIFIED.into(),
+        mtu: 0,
+    }
 }
 
 /// Waits until every backend is known to be up or down, but not for ever.

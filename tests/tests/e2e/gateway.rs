@@ -1,17 +1,16 @@
 //! `dnat` with a gateway: real servers and connections, none of which is recorded.
 
-use crate::support::{KeptConnection, QUICK_HEALTH, UdpEcho, get, vips};
+use crate::failover::all_are_answered;
+use crate::support::{KeptConnection, QUICK_HEALTH, UdpEcho, echoes, get, vips};
 use sluice_tests::{
     backends::{ip, route_through_the_balancer},
     topology::{Options, Topology, url, wait_until},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    thread,
-    time::Duration,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 const BACKENDS: [&str; 2] = ["b1", "b2"];
@@ -214,18 +213,7 @@ fn no_request_fails_when_a_process_dies_between_two_checks() {
     net.daemon(&net.config("sluice.toml", &config(&net, "tcp", 80, PORT, rarely)));
     net.wait_backends_up(None, 2 * BACKENDS.len());
     net.kill(servers[0]);
-    for vip in vips(80) {
-        net.on("client", move || {
-            let clients: Vec<_> = (0..30)
-                .map(|n| (n, thread::spawn(move || get(vip, "/"))))
-                .collect();
-            for (n, client) in clients {
-                let answer = client.join().expect("no panic");
-                let body = answer.unwrap_or_else(|e| panic!("request {n} to {vip}: {e}"));
-                assert_eq!(body.trim(), "b2");
-            }
-        });
-    }
+    all_are_answered(&net, &["b2"]);
     for service in ["s0", "s1"] {
         wait_until("the backend to be ejected", || {
             let list = net.json(&["backend", "list", service]);
@@ -242,33 +230,8 @@ fn datagrams_are_answered() {
     net.daemon(&net.config("sluice.toml", &config(&net, "udp", 7, 9000, "")));
     net.wait_backends_up(None, 4);
     for vip in vips(7) {
-        let seen = net.on("client", move || {
-            let any: IpAddr = match vip {
-                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            let mut seen = BTreeMap::<String, u32>::new();
-            for _ in 0..20 {
-                let socket = UdpSocket::bind((any, 0)).expect("a socket");
-                socket.connect(vip).expect("a route to the VIP");
-                let patience = Some(Duration::from_secs(5));
-                socket.set_read_timeout(patience).expect("a timeout");
-                // The last one comes in fragments, and so does its answer.
-                for len in [0_usize, 1, 511, 1400, 4000] {
-                    let sent: Vec<u8> = (0..len).map(|i| i as u8).collect();
-                    socket.send(&sent).expect("the datagram leaves");
-                    let mut buffer = [0; 8192];
-                    let got = socket
-                        .recv(&mut buffer)
-                        .unwrap_or_else(|e| panic!("{len} bytes to {vip}: {e}"));
-                    let (name, echo) = buffer[..got].split_at(3);
-                    assert_eq!(echo, sent, "the echo of {len} bytes");
-                    let name = String::from_utf8_lossy(name).into_owned();
-                    *seen.entry(name).or_default() += 1;
-                }
-            }
-            seen
-        });
+        // The last one comes in fragments, and so does its answer.
+        let seen = net.on("client", move || echoes(vip, 20, &[0, 1, 511, 1400, 4000]));
         assert_eq!(seen.len(), 2, "{vip}: both serve: {seen:?}");
     }
     assert_eq!(recorded(&net), 0);

@@ -2,9 +2,10 @@
 
 use sluice_tests::topology::{Topology, VIP4, VIP6};
 use std::{
+    collections::BTreeMap,
     fmt::Write as _,
     io::{self, Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     os::fd::FromRawFd as _,
     sync::{
         Arc,
@@ -169,6 +170,39 @@ impl UdpEcho {
             thread: Some(thread),
         }
     }
+}
+
+/// Sends datagrams of these lengths to a VIP with [`UdpEcho`] behind it, from so many sockets, and checks what comes
+/// back; how many sockets each host has answered.
+pub fn echoes(vip: SocketAddr, sockets: u16, lengths: &[usize]) -> BTreeMap<String, u32> {
+    let any: IpAddr = match vip {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let mut seen = BTreeMap::new();
+    for n in 0..sockets {
+        // A port drawn by the kernel may be drawn twice, and then is no new client.
+        let socket = UdpSocket::bind((any, 20000 + n)).expect("a socket");
+        socket.connect(vip).expect("a route to the VIP");
+        let patience = Some(Duration::from_secs(5));
+        socket.set_read_timeout(patience).expect("a timeout");
+        let mut host = None;
+        for len in lengths {
+            let sent: Vec<u8> = (0..*len).map(|i| i as u8).collect();
+            socket.send(&sent).expect("the datagram leaves");
+            let mut buffer = [0; 8192];
+            let got = socket
+                .recv(&mut buffer)
+                .unwrap_or_else(|e| panic!("{len} bytes to {vip}: {e}"));
+            let (name, echo) = buffer[..got].split_at(3);
+            assert_eq!(echo, sent, "the echo of {len} bytes");
+            let name = String::from_utf8_lossy(name).into_owned();
+            let first = host.get_or_insert_with(|| name.clone());
+            assert_eq!(*first, name, "one client, one backend");
+        }
+        *seen.entry(host.expect("it answered")).or_default() += 1;
+    }
+    seen
 }
 
 impl Drop for UdpEcho {

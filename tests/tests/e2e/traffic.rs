@@ -1,13 +1,8 @@
 //! Traffic through the balancer, with real servers behind it and real clients before it.
 
-use crate::support::{UdpEcho, get, ping, service, vips, web_topology};
+use crate::support::{UdpEcho, echoes, get, ping, service, vips, web_topology};
 use sluice_tests::topology::{Options, Topology, VIP4, VIP6, url};
-use std::{
-    collections::BTreeMap,
-    fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, net::IpAddr};
 
 /// Senders that leave checksums to their hardware, and senders that do not.
 const OFFLOADS: [bool; 2] = [true, false];
@@ -205,40 +200,9 @@ fn udp_is_balanced_and_a_client_keeps_its_backend() {
         topology.daemon(&topology.config("sluice.toml", &config));
         topology.wait_backends_up(None, 4);
         for vip in vips(7) {
-            let seen = topology.on("client", move || {
-                let mut seen = BTreeMap::<String, u32>::new();
-                for n in 0..40 {
-                    let any: IpAddr = if vip.is_ipv4() {
-                        Ipv4Addr::UNSPECIFIED.into()
-                    } else {
-                        Ipv6Addr::UNSPECIFIED.into()
-                    };
-                    // A port drawn by the kernel may be drawn twice, and then is no new client.
-                    let port = 20000 + n as u16;
-                    let socket = UdpSocket::bind((any, port)).expect("a socket");
-                    socket.connect(vip).expect("a route to the VIP");
-                    socket
-                        .set_read_timeout(Some(Duration::from_secs(5)))
-                        .expect("a timeout");
-                    let mut host = None;
-                    // Odd and even lengths, up to a full packet.
-                    for len in [0, 1, 2, 511, 1400 + n] {
-                        let sent: Vec<u8> = (0..len).map(|i| i as u8).collect();
-                        socket.send(&sent).expect("the datagram leaves");
-                        let mut buffer = [0; 2048];
-                        let got = socket
-                            .recv(&mut buffer)
-                            .unwrap_or_else(|e| panic!("{len} bytes to {vip}: {e}"));
-                        let (name, echo) = buffer[..got].split_at(3);
-                        assert_eq!(echo, sent, "the echo of {len} bytes");
-                        let name = String::from_utf8_lossy(name).into_owned();
-                        let first = host.get_or_insert_with(|| name.clone());
-                        assert_eq!(*first, name, "one client, one backend");
-                    }
-                    *seen.entry(host.expect("it answered")).or_default() += 1;
-                }
-                seen
-            });
+            // Odd and even lengths, up to a full packet.
+            let lengths = &[0, 1, 2, 511, 1400, 1439];
+            let seen = topology.on("client", move || echoes(vip, 40, lengths));
             assert_eq!(
                 seen.into_values().collect::<Vec<_>>(),
                 [20, 20],

@@ -1,6 +1,7 @@
 //! `dnat` with a gateway: requests and answers leave as those of a recorded flow, and nothing is recorded until a
 //! slot changes hands or a client comes by another way.
 
+use crate::stateless::{begin, each, packet};
 use lb_common::{backend::LOCAL, flow::SYN_REPEATED, service::on_backend_down, stats::DropReason};
 use sluice_tests::{
     harness::{Balancer, Counts, Expected, Outcome, Previous, Service, TCP, UDP, Verdict, service},
@@ -35,24 +36,6 @@ fn first_of_two(family: Family, protocol: u8) -> Service {
     two(family, protocol).last(|b| b.weight = 0)
 }
 
-fn asking(family: Family, protocol: u8, port: u16) -> Packet {
-    let packet = transport(family, protocol).from(CLIENT, port).to(VIP, 80);
-    if protocol == TCP {
-        packet.ack()
-    } else {
-        packet
-    }
-}
-
-fn begin(family: Family, protocol: u8, port: u16) -> Packet {
-    let packet = transport(family, protocol).from(CLIENT, port).to(VIP, 80);
-    if protocol == TCP {
-        packet.syn()
-    } else {
-        packet
-    }
-}
-
 fn answer(family: Family, protocol: u8, from: Host, port: u16) -> Packet {
     let packet = transport(family, protocol)
         .macs(from.mac, BALANCER.mac)
@@ -71,14 +54,6 @@ fn reached(outcome: &Outcome) -> Host {
     let backends = [BACKEND_1, BACKEND_2];
     let backend = backends.into_iter().find(|b| b.mac == to);
     backend.unwrap_or_else(|| panic!("{outcome:?} went to no backend"))
-}
-
-fn each(mut check: impl FnMut(Family, u8)) {
-    for family in Family::BOTH {
-        for protocol in [TCP, UDP] {
-            check(family, protocol);
-        }
-    }
 }
 
 /// What both balancers do with a packet must be the same, but for what is counted of connections.
@@ -108,7 +83,7 @@ fn both_directions_leave_as_those_of_a_recorded_flow() {
         for port in 40000..40030 {
             let mut both = |what, sent: &Packet| same(&mut follows, &mut records, what, sent);
             let backend = reached(&both("the first packet", &begin(family, protocol, port)));
-            let asks = asking(family, protocol, port);
+            let asks = packet(family, protocol, port);
             let answers = answer(family, protocol, backend, port);
             if protocol == TCP {
                 both("SYN-ACK", &answers.clone().syn());
@@ -213,7 +188,7 @@ fn clients_who_come_by_another_way_are_recorded_and_answered_there() {
         let answers = answer(family, protocol, backend, 40000);
         let outcome = both("answer", &answers);
         assert_eq!(outcome.frame[..6], CLIENT_2.mac);
-        both("next", &near(asking(family, protocol, 40000)));
+        both("next", &near(packet(family, protocol, 40000)));
         both("tagged", &begin(family, protocol, 40001).vlan(0x8100, 7));
         assert!(!follows.flows(family).is_empty());
         assert_eq!(follows.flows(family), records.flows(family));
@@ -221,7 +196,7 @@ fn clients_who_come_by_another_way_are_recorded_and_answered_there() {
         let mut follows = Balancer::new(vec![two(family, protocol)]);
         follows.send(&begin(family, protocol, 40000));
         assert_eq!(follows.flows(family), []);
-        follows.send(&near(asking(family, protocol, 40000)));
+        follows.send(&near(packet(family, protocol, 40000)));
         assert_eq!(follows.flows(family).len(), 2);
         assert_eq!(follows.send(&answers).frame[..6], CLIENT_2.mac);
     });
@@ -315,7 +290,7 @@ fn a_changed_slot_keeps_its_flows_and_both_sides_are_answered() {
         let outcome = balancer.send(&answer(family, protocol, BACKEND_2, 40000));
         assert_eq!(outcome.frame[..6], GATEWAY.mac);
         assert_eq!(balancer.flows(family), []);
-        let outcome = balancer.send(&asking(family, protocol, 40000));
+        let outcome = balancer.send(&packet(family, protocol, 40000));
         assert_eq!(reached(&outcome), BACKEND_2);
         assert_eq!(balancer.flows(family).len(), 2);
         if protocol == TCP {
@@ -328,13 +303,13 @@ fn a_changed_slot_keeps_its_flows_and_both_sides_are_answered() {
         }
         // The window ends: what is recorded stays, what is not belongs to the slot's backend.
         balancer.change(1, |s| s.previous = Some(Previous::Closing));
-        let outcome = balancer.send(&asking(family, protocol, 40000));
+        let outcome = balancer.send(&packet(family, protocol, 40000));
         assert_eq!(reached(&outcome), BACKEND_2);
         let outcome = balancer.send(&answer(family, protocol, BACKEND_2, 40000));
         assert_eq!(outcome.frame[..6], GATEWAY.mac);
         let outcome = balancer.send(&answer(family, protocol, BACKEND_2, 40002));
         assert_eq!(outcome.verdict, Verdict::Pass, "of no flow of this backend");
-        let outcome = balancer.send(&asking(family, protocol, 40002));
+        let outcome = balancer.send(&packet(family, protocol, 40002));
         assert_eq!(reached(&outcome), BACKEND_1);
     });
 }
@@ -345,10 +320,10 @@ fn flows_of_a_dead_former_backend_follow_the_policy() {
         let service = first_of_two(family, TCP).last(|b| b.alive = false);
         let mut balancer = Balancer::new(vec![service]);
         balancer.change(1, |s| s.previous = Some(Previous::Backend(1)));
-        let old = asking(family, TCP, 40000);
+        let old = packet(family, TCP, 40000);
         assert_eq!(reached(&balancer.send(&old)), BACKEND_2, "keep");
         balancer.change(1, |s| s.on_backend_down = on_backend_down::RESET);
-        let old = asking(family, TCP, 40001);
+        let old = packet(family, TCP, 40001);
         let outcome = balancer.send(&old);
         assert_eq!(outcome.frame, reset_for(&old).build(), "reset");
         assert_eq!(outcome.counts.drops[DropReason::BackendDown.name()], 1);
@@ -371,7 +346,7 @@ fn a_repeated_syn_goes_to_another_backend() {
         balancer.check("too late", &late, &Expected::Passed, &load(second));
         let outcome = balancer.send(&answer(family, TCP, second, 40000).syn());
         assert_eq!(outcome.frame[..6], GATEWAY.mac);
-        assert_eq!(reached(&balancer.send(&asking(family, TCP, 40000))), second);
+        assert_eq!(reached(&balancer.send(&packet(family, TCP, 40000))), second);
     }
 }
 
@@ -403,7 +378,7 @@ fn what_is_recorded_because_of_a_change_follows_the_gateway() {
     each(|family, protocol| {
         let mut balancer = Balancer::new(vec![first_of_two(family, protocol)]);
         balancer.change(1, |s| s.previous = Some(Previous::Backend(1)));
-        balancer.send(&asking(family, protocol, 40000));
+        balancer.send(&packet(family, protocol, 40000));
         assert_eq!(balancer.flows(family).len(), 2);
         let mut l2 = [0; 12];
         l2[..6].copy_from_slice(&STRANGER.mac);
@@ -457,7 +432,7 @@ fn a_flood_past_the_gateway_fills_no_table() {
             answers
         };
         assert_eq!(balancer.send(&answers).frame[..6], CLIENT_2.mac);
-        let outcome = balancer.send(&near(asking(family, protocol, port)));
+        let outcome = balancer.send(&near(packet(family, protocol, port)));
         assert_eq!(reached(&outcome), backend);
         balancer.set_new_flows(0);
     });
@@ -545,7 +520,7 @@ fn fragments_of_both_directions_follow_the_first() {
         let mut follows = Balancer::new(vec![service]);
         let mut both = |what, sent: &Packet| same(&mut follows, &mut records, what, sent);
         let backend = reached(&both("first", &begin(family, UDP, 40000)));
-        let asks = asking(family, UDP, 40000).payload(vec![1; 3000]);
+        let asks = packet(family, UDP, 40000).payload(vec![1; 3000]);
         let answers = answer(family, UDP, backend, 40000).payload(vec![2; 3000]);
         for piece in asks.fragments(1000).iter().chain(&answers.fragments(1000)) {
             both("a fragment", piece);

@@ -29,7 +29,7 @@ fn first_of_two(family: Family, protocol: u8) -> Service {
     two(family, protocol, forward::DSR).last(|b| b.weight = 0)
 }
 
-fn packet(family: Family, protocol: u8, port: u16) -> Packet {
+pub fn packet(family: Family, protocol: u8, port: u16) -> Packet {
     let packet = transport(family, protocol).from(CLIENT, port).to(VIP, 80);
     if protocol == TCP {
         packet.ack()
@@ -38,7 +38,7 @@ fn packet(family: Family, protocol: u8, port: u16) -> Packet {
     }
 }
 
-fn begin(family: Family, protocol: u8, port: u16) -> Packet {
+pub fn begin(family: Family, protocol: u8, port: u16) -> Packet {
     let packet = transport(family, protocol).from(CLIENT, port).to(VIP, 80);
     if protocol == TCP {
         packet.syn()
@@ -47,7 +47,7 @@ fn begin(family: Family, protocol: u8, port: u16) -> Packet {
     }
 }
 
-fn each(mut check: impl FnMut(Family, u8)) {
+pub fn each(mut check: impl FnMut(Family, u8)) {
     for family in Family::BOTH {
         for protocol in [TCP, UDP] {
             check(family, protocol);
