@@ -319,7 +319,7 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
 
 /// Another CPU has come in between: the same key or the same entry.
 const LOST: u64 = 0;
-/// The key has an entry.
+/// The key has an entry, or has had one.
 const ADDED: u64 = 1;
 
 /// Adds a key that is not there, in a free entry or in that of a flow that will be missed least.
@@ -359,8 +359,9 @@ pub fn add<F: Family>(which: u32) -> u64 {
     let key = sought(work, which);
     write::<F>(entry, key, which, work);
     if anywhere::<F>(home, sets, key, number) != NONE {
-        vacate::<F>(entry, number, key);
-        return LOST;
+        // Who has pushed it out meanwhile has counted its end, so its begin is to be counted as well.
+        let ended = vacate::<F>(entry, number, key) == 0 && which == ARRIVAL;
+        return if ended { ADDED } else { LOST };
     }
     ADDED
 }
