@@ -213,6 +213,15 @@ impl KeyWords {
         ])
     }
 
+    /// Whether both are the same key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is(self, other: Self) -> bool {
+        let (a, b) = (self.0, other.0);
+        let differs = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]);
+        differs == 0
+    }
+
     /// The word of ports and protocol.
     #[inline(always)]
     #[must_use]

@@ -67,9 +67,29 @@ pub unsafe fn exchange_u64(target: *mut u64, value: u64) {
     let _ = (target, value);
 }
 
-/// Defines an operation on 64 bits that returns nothing.
-macro_rules! bitwise {
-    ($(#[$doc:meta])* $name:ident, $operator:literal) => {
+/// Clears the bits that are not in `value`.
+///
+/// # Safety
+///
+/// As for [`fetch_add`].
+#[inline(always)]
+pub unsafe fn and_u64(target: *mut u64, value: u64) {
+    // SAFETY: one instruction on memory the caller vouches for.
+    #[cfg(target_arch = "bpf")]
+    unsafe {
+        asm!(
+            "lock *(u64 *)({target} + 0) &= {value}",
+            target = in(reg) target,
+            value = in(reg) value,
+        );
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    let _ = (target, value);
+}
+
+/// Defines an operation on 64 bits that returns what was there before, and is ordered with all other accesses.
+macro_rules! fetching {
+    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
         $(#[$doc])*
         ///
         /// # Safety
@@ -81,9 +101,9 @@ macro_rules! bitwise {
             #[cfg(target_arch = "bpf")]
             unsafe {
                 asm!(
-                    concat!("lock *(u64 *)({target} + 0) ", $operator, "= {value}"),
+                    concat!("{value} = ", $instruction, "((u64 *)({target} + 0), {value})"),
                     target = in(reg) target,
-                    value = in(reg) value,
+                    value = inout(reg) value => _,
                 );
             }
             #[cfg(not(target_arch = "bpf"))]
@@ -92,17 +112,13 @@ macro_rules! bitwise {
     };
 }
 
-bitwise!(
-    /// Clears the bits that are not in `value`.
-    and_u64, "&"
-);
-bitwise!(
+fetching!(
     /// Sets the bits that are in `value`.
-    or_u64, "|"
+    fetch_or_u64, "atomic_fetch_or"
 );
-bitwise!(
+fetching!(
     /// Turns over the bits that are in `value`.
-    xor_u64, "^"
+    fetch_xor_u64, "atomic_fetch_xor"
 );
 
 /// Replaces `old` by `new`; tells whether `old` was there.

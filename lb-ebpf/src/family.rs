@@ -93,10 +93,10 @@ pub trait Family: Sized {
     fn opening() -> &'static Opening<Self::Addr>;
     /// [`crate::flow::table`]'s subprogram that finds a flow.
     fn find(which: u32) -> Number;
-    /// [`crate::flow::table`]'s subprogram that fetches what will be written.
-    fn expect(directions: u32) -> u64;
-    /// [`crate::flow::table`]'s subprogram that adds a flow.
-    fn add(which: u32) -> u64;
+    /// [`crate::flow::table`]'s subprogram that reserves an entry for a flow.
+    fn reserve(which: u32) -> u64;
+    /// [`crate::flow::table`]'s subprogram that fills the reserved entries.
+    fn publish() -> u64;
     /// [`crate::flow::table`]'s subprogram that removes the other half of a flow that had to go.
     fn bury() -> u64;
     /// [`crate::flow::table`]'s subprogram that removes a flow.
@@ -279,13 +279,13 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn expect(directions: u32) -> u64 {
-        flow::expect4(directions)
+    fn reserve(which: u32) -> u64 {
+        flow::reserve4(which)
     }
 
     #[inline(always)]
-    fn add(which: u32) -> u64 {
-        flow::add4(which)
+    fn publish() -> u64 {
+        flow::publish4()
     }
 
     #[inline(always)]
@@ -658,13 +658,13 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn expect(directions: u32) -> u64 {
-        flow::expect6(directions)
+    fn reserve(which: u32) -> u64 {
+        flow::reserve6(which)
     }
 
     #[inline(always)]
-    fn add(which: u32) -> u64 {
-        flow::add6(which)
+    fn publish() -> u64 {
+        flow::publish6()
     }
 
     #[inline(always)]

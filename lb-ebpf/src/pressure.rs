@@ -159,15 +159,17 @@ fn settle<F: Family>() {
         return;
     };
     work.reply.proven = 1;
-    work.spared = table::NONE;
-    if F::find(table::REPLY) != table::NONE || !table::insert::<F>(table::REPLY) {
+    work.reply_number = table::NONE;
+    if F::find(table::REPLY) != table::NONE || !table::reserved::<F>(table::REPLY) {
         return;
     }
-    if !table::insert::<F>(table::ARRIVAL) {
-        F::remove(table::REPLY);
+    work.reply_number = work.number;
+    if !table::reserved::<F>(table::ARRIVAL) {
+        table::release::<F>(work.reply_number);
         return;
     }
     count_begin(work.client.backend, work.client.state);
+    F::publish();
     forget::<F>(&work.arrival.key, &work.reply_key);
 }
 

@@ -128,8 +128,8 @@ pub struct Work<A> {
     pub number: Number,
     /// How little the flow in it will be missed.
     pub worth: u64,
-    /// The backend's entry of the flow that is being recorded: not to be pushed out by the client's.
-    pub spared: Number,
+    /// The backend's entry of the flow that is being recorded, if it has one.
+    pub reply_number: Number,
     /// 1 if another flow had to go, whose other entry has the key `other_key`.
     pub replaced: u32,
     /// The client's entry of a new flow, or the entry that the packet of a half-open one belongs to.
@@ -448,7 +448,7 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $expect:ident, $add:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident, $returns:ident, $through_gateway:ident) => {
+    ($family:ty, $find:ident, $reserve:ident, $publish:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident, $returns:ident, $through_gateway:ident) => {
         /// [`table::find`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -456,18 +456,18 @@ macro_rules! subprograms {
             table::find::<$family>(which)
         }
 
-        /// [`table::expect`] for one family.
+        /// [`table::reserve`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $expect(directions: u32) -> u64 {
-            table::expect::<$family>(directions)
+        pub extern "C" fn $reserve(which: u32) -> u64 {
+            table::reserve::<$family>(which)
         }
 
-        /// [`table::add`] for one family.
+        /// [`table::publish`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $add(which: u32) -> u64 {
-            table::add::<$family>(which)
+        pub extern "C" fn $publish() -> u64 {
+            table::publish::<$family>()
         }
 
         /// [`table::bury`] for one family.
@@ -552,8 +552,8 @@ macro_rules! subprograms {
 subprograms!(
     crate::family::V4,
     find4,
-    expect4,
-    add4,
+    reserve4,
+    publish4,
     bury4,
     remove4,
     choose4,
@@ -569,8 +569,8 @@ subprograms!(
 subprograms!(
     crate::family::V6,
     find6,
-    expect6,
-    add6,
+    reserve6,
+    publish6,
     bury6,
     remove6,
     choose6,

@@ -57,7 +57,7 @@ pub fn choose<F: Family>() -> Decision {
     }
     work.recording = 1;
     work.opening = 0;
-    work.spared = table::NONE;
+    work.reply_number = table::NONE;
     let mut by_hash = false;
     if !stateless {
         // In the middle of a flow that is not recorded: its first packet came under pressure, or its
@@ -244,9 +244,6 @@ pub fn record_reply<F: Family>() -> Decision {
         return NOT_OURS;
     };
     if !forward::translates(work.reply.forward) {
-        if work.recording != 0 {
-            F::expect(1);
-        }
         return FOLLOW;
     }
     let client = &work.arrival.key;
@@ -318,8 +315,7 @@ pub fn record_reply<F: Family>() -> Decision {
         if !taken {
             work.reply.l4_delta = !csum::fold(sum + u64::from(port));
             let added = if work.opening == 0 {
-                F::expect(2);
-                table::insert::<F>(table::REPLY)
+                table::reserved::<F>(table::REPLY)
             } else {
                 let only_new = u64::from(BPF_NOEXIST);
                 let opening = F::opening();
@@ -328,7 +324,11 @@ pub fn record_reply<F: Family>() -> Decision {
                     .is_ok()
             };
             if added {
-                work.spared = work.number;
+                work.reply_number = if work.opening == 0 {
+                    work.number
+                } else {
+                    table::NONE
+                };
                 return FOLLOW;
             }
         }
@@ -373,7 +373,7 @@ pub fn record_client<F: Family>() -> Decision {
         unsafe { atomic::increment(&raw mut (*cursor).recorded) };
     }
     let added = if work.opening == 0 {
-        table::insert::<F>(table::ARRIVAL)
+        table::reserved::<F>(table::ARRIVAL)
     } else {
         let only_new = u64::from(BPF_NOEXIST);
         let opening = F::opening();
@@ -386,20 +386,22 @@ pub fn record_client<F: Family>() -> Decision {
         // one.
         if forward::translates(work.client.forward) {
             if work.opening == 0 {
-                F::remove(table::REPLY);
+                table::release::<F>(work.reply_number);
             } else {
                 let _ = F::opening().remove(&work.reply_key);
             }
         }
         return dropped(DropReason::TableFull, number);
     }
-    // What is half open, and may be pushed out at any time, is not counted as a connection yet.
-    if work.opening == 0 {
-        count_begin(backend_number, work.client.state);
-    }
     // One that is recorded in the middle was counted when it began.
     if matches!(work.client.state, state::UDP | state::SYN_SENT) {
         stats::count_connection(number, backend_number);
+    }
+    // What is half open, and may be pushed out at any time, is not counted as a connection yet.
+    if work.opening == 0 {
+        // First, or its end might be counted before.
+        count_begin(backend_number, work.client.state);
+        F::publish();
     }
     FOLLOW
 }

@@ -105,12 +105,7 @@ fn words<A: Address>(key: *const FlowKey<A>) -> KeyWords {
 /// Whether an entry has this key.
 #[inline(always)]
 fn same<A: Address>(entry: *const Entry<A>, key: KeyWords) -> bool {
-    let found = words::<A>(entry.cast());
-    let mut differs = found.0[0] ^ key.0[0] | found.0[4] ^ key.0[4];
-    if A::WORDS > 1 {
-        differs |= found.0[1] ^ key.0[1] | found.0[2] ^ key.0[2] | found.0[3] ^ key.0[3];
-    }
-    differs == 0
+    words::<A>(entry.cast()).is(key)
 }
 
 /// An entry's word of ports and protocol.
@@ -159,9 +154,9 @@ fn entry<F: Family>(number: Number) -> Option<*mut Entry<F::Addr>> {
     F::flows().get_ptr_mut((number as u32).wrapping_sub(1))
 }
 
-/// The entry of a key in a set, but for the one numbered `except`.
+/// The entry of a key in a set.
 #[inline(always)]
-fn in_set<F: Family>(set: u32, tags: Tags, tag: u64, key: KeyWords, except: Number) -> Number {
+fn in_set<F: Family>(set: u32, tags: Tags, tag: u64, key: KeyWords) -> Number {
     let mut marks = tags.marks(tag);
     for _ in 0..WAYS {
         if marks == 0 {
@@ -170,7 +165,6 @@ fn in_set<F: Family>(set: u32, tags: Tags, tag: u64, key: KeyWords, except: Numb
         let number = number(set, Tags::first(marks));
         if let Some(entry) = entry::<F>(number)
             && same(entry, key)
-            && number != except
         {
             return number;
         }
@@ -179,17 +173,17 @@ fn in_set<F: Family>(set: u32, tags: Tags, tag: u64, key: KeyWords, except: Numb
     NONE
 }
 
-/// The entry of a key, but for the one numbered `except`.
+/// The entry of a key.
 #[inline(always)]
-fn anywhere<F: Family>(home: Home, sets: u32, key: KeyWords, except: Number) -> Number {
+fn anywhere<F: Family>(home: Home, sets: u32, key: KeyWords) -> Number {
     let first = home.first(sets);
     let tags_of_first = tags::<F>(first);
-    let number = in_set::<F>(first, tags_of_first, home.tag(), key, except);
+    let number = in_set::<F>(first, tags_of_first, home.tag(), key);
     if number != NONE || tags_of_first.0 & DISPLACED == 0 {
         return number;
     }
     let second = home.second(sets);
-    in_set::<F>(second, tags::<F>(second), home.tag(), key, except)
+    in_set::<F>(second, tags::<F>(second), home.tag(), key)
 }
 
 /// The number of a key's entry.
@@ -202,41 +196,7 @@ pub fn find<F: Family>(which: u32) -> Number {
     let Some((home, sets)) = home::<F>(key) else {
         return NONE;
     };
-    anywhere::<F>(home, sets, key, NONE)
-}
-
-/// Has the processor fetch the entries that a new flow will have, in one direction or both, all at once: each is a
-/// wait for memory, and as long a one when it is written to.
-#[inline(always)]
-pub fn expect<F: Family>(directions: u32) -> u64 {
-    let Some(work) = F::work() else {
-        return 0;
-    };
-    for which in [ARRIVAL, REPLY] {
-        if which < directions
-            && let Some((home, sets)) = home::<F>(sought(work, which))
-        {
-            let (set, tags) = roomier::<F>(home, sets);
-            let way = free_way(tags, home).unwrap_or(home.way());
-            fetch::<F>(number(set, way));
-        }
-    }
-    0
-}
-
-/// Has the processor fetch both lines of an entry, while it waits for something else.
-#[inline(always)]
-fn fetch<F: Family>(number: Number) {
-    if let Some(entry) = entry::<F>(number) {
-        let first = entry.cast::<u64>();
-        // SAFETY: words of the entry, aligned to 8 bytes.
-        unsafe {
-            first.read_volatile();
-            first
-                .byte_add(size_of::<Entry<F::Addr>>() / 2)
-                .read_volatile();
-        }
-    }
+    anywhere::<F>(home, sets, key)
 }
 
 /// Removes a key's entry; 1 if it was there, and nobody else has removed it.
@@ -249,7 +209,7 @@ pub fn remove<F: Family>(which: u32) -> u64 {
     let Some((home, sets)) = home::<F>(key) else {
         return 0;
     };
-    let number = anywhere::<F>(home, sets, key, NONE);
+    let number = anywhere::<F>(home, sets, key);
     match entry::<F>(number) {
         Some(entry) => vacate::<F>(entry, number, key),
         None => 0,
@@ -279,7 +239,7 @@ const fn is_flow(ports: u64) -> bool {
     ports != 0 && ports != CLAIMED
 }
 
-/// Leaves in `work.number` the entry of a set whose flow will be missed least, but for `work.spared`.
+/// Leaves in `work.number` the entry of a set whose flow will be missed least.
 ///
 /// The best so far stays in memory rather than in registers: the verifier would follow every order
 /// in which the entries could be the best.
@@ -301,7 +261,6 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
         let number = number(set, way);
         if let Some(entry) = entry::<F>(number)
             && is_flow(ports(entry))
-            && number != work.spared
         {
             // SAFETY: as in `look`.
             let flow = unsafe { &(*entry).flow };
@@ -319,12 +278,17 @@ fn least_missed<F: Family>(work: &mut Work<F::Addr>, set: u32) {
 
 /// Another CPU has come in between: the same key or the same entry.
 const LOST: u64 = 0;
-/// The key has an entry, or has had one.
-const ADDED: u64 = 1;
+/// The key has an entry, which is yet to be filled.
+const RESERVED: u64 = 1;
 
-/// Adds a key that is not there, in a free entry or in that of a flow that will be missed least.
+/// Reserves an entry for a key that is not there, a free one or that of a flow that will be missed least, and leaves its
+/// number in `work.number`.
+///
+/// Of CPUs that reserve one for the same key, all but the first give way. What tells them who that is are the words of
+/// tags, on whose changes all CPUs agree: whoever meets the key's tag in a set, or cannot rule out that it is in the
+/// other one, looks at the entries, and takes one that is not filled yet for the same key's.
 #[inline(always)]
-pub fn add<F: Family>(which: u32) -> u64 {
+pub fn reserve<F: Family>(which: u32) -> u64 {
     let Some(work) = F::work() else {
         return LOST;
     };
@@ -333,11 +297,15 @@ pub fn add<F: Family>(which: u32) -> u64 {
     };
     let first = home.first(sets);
     let claimed = claim::<F>(work, home, sets);
+    if claimed == TAKEN {
+        return RESERVED;
+    }
+    if claimed == OVERTAKEN {
+        return LOST;
+    }
     let is_full = claimed == FULL;
     if is_full {
         least_missed::<F>(work, first);
-    } else if claimed == OVERTAKEN {
-        return LOST;
     }
     // SAFETY: a field of this CPU's desk. Read again, so that the verifier need not follow every
     // entry it could be.
@@ -353,17 +321,73 @@ pub fn add<F: Family>(which: u32) -> u64 {
         && let Some(word) = tag_word::<F>(first)
     {
         // SAFETY: as above.
-        unsafe { atomic::or_u64(word, DISPLACED) };
+        unsafe { atomic::fetch_or_u64(word, DISPLACED) };
     }
     // Read again: until here it would take up the stack.
     let key = sought(work, which);
-    write::<F>(entry, key, which, work);
-    if anywhere::<F>(home, sets, key, number) != NONE {
-        // Who has pushed it out meanwhile has counted its end, so its begin is to be counted as well.
-        let ended = vacate::<F>(entry, number, key) == 0 && which == ARRIVAL;
-        return if ended { ADDED } else { LOST };
+    // A backend that is its own client, at the address that `nat` sends from: the key is its answers' as well.
+    let is_own = work.reply_number != NONE && key.is(sought(work, REPLY));
+    if is_own || is_contested::<F>(home, sets, key, [number, work.reply_number]) {
+        release::<F>(number);
+        return LOST;
     }
-    ADDED
+    RESERVED
+}
+
+/// Whether another entry than `ours` has this key, or may be about to.
+#[inline(always)]
+fn is_contested<F: Family>(home: Home, sets: u32, key: KeyWords, ours: [Number; 2]) -> bool {
+    let first = home.first(sets);
+    let tags_of_first = tags::<F>(first);
+    if contested_in::<F>(first, tags_of_first, home.tag(), key, ours) {
+        return true;
+    }
+    if tags_of_first.0 & DISPLACED == 0 {
+        return false;
+    }
+    let second = home.second(sets);
+    contested_in::<F>(second, tags::<F>(second), home.tag(), key, ours)
+}
+
+#[inline(always)]
+fn contested_in<F: Family>(
+    set: u32,
+    tags: Tags,
+    tag: u64,
+    key: KeyWords,
+    ours: [Number; 2],
+) -> bool {
+    let mut marks = tags.marks(tag);
+    for _ in 0..WAYS {
+        if marks == 0 {
+            break;
+        }
+        let number = number(set, Tags::first(marks));
+        if number != ours[0]
+            && number != ours[1]
+            && let Some(entry) = entry::<F>(number)
+            && (!is_flow(ports(entry)) || same(entry, key))
+        {
+            return true;
+        }
+        marks &= marks - 1;
+    }
+    false
+}
+
+/// Frees an entry that is reserved.
+#[inline(always)]
+pub fn release<F: Family>(number: Number) {
+    let place = (number as u32).wrapping_sub(1);
+    if let Some(entry) = entry::<F>(number)
+        && let Some(word) = tag_word::<F>(place / WAYS)
+    {
+        // SAFETY: words of map values, aligned to 8 bytes.
+        unsafe {
+            atomic::exchange_u64(ports_of(entry), 0);
+            atomic::and_u64(word, !Tags::at(place % WAYS, 0x7f));
+        }
+    }
 }
 
 /// How often a free entry is looked for again because another CPU has changed the set meanwhile.
@@ -371,10 +395,12 @@ const TRIES: u32 = 4;
 
 /// There is no free entry.
 const FULL: u64 = 0;
-/// An entry has been taken.
+/// An entry has been taken, and nobody else can have the key.
 const TAKEN: u64 = 1;
+/// An entry has been taken, but somebody else may have the key.
+const DOUBTFUL: u64 = 2;
 /// Other CPUs were faster, again and again.
-const OVERTAKEN: u64 = 2;
+const OVERTAKEN: u64 = 3;
 
 /// The set that a new key goes into, and its tags.
 #[inline(always)]
@@ -421,7 +447,10 @@ fn claim<F: Family>(work: &mut Work<F::Addr>, home: Home, sets: u32) -> u64 {
                 && atomic::replace_u64(word, before.0, after)
             {
                 (&raw mut work.number).write_volatile(number(set, way));
-                return TAKEN;
+                let is_alone = set == home.first(sets)
+                    && before.0 & DISPLACED == 0
+                    && before.marks(home.tag()) == 0;
+                return if is_alone { TAKEN } else { DOUBTFUL };
             }
         }
     }
@@ -459,7 +488,7 @@ fn displace<F: Family>(
         // Whoever has an entry is alone in changing its tag, but for a daemon that takes it for forgotten.
         let way = place % WAYS;
         let change = Tags(word.read_volatile()).of(way) ^ tag;
-        atomic::xor_u64(word, Tags::at(way, change));
+        atomic::fetch_xor_u64(word, Tags::at(way, change));
         if forward::translates(flow.forward) {
             work.other_key = flow.opposite((ports >> 32) as u32);
             work.replaced = 1;
@@ -480,18 +509,18 @@ fn count_end(direction: u8, backend: u32, generation: u32, state: u8) {
     }
 }
 
-/// [`add`]; `true` if the key has an entry.
+/// [`reserve`]; `true` if the key has an entry, which [`publish`] is to fill, or [`release`] to free.
 #[inline(always)]
-pub fn insert<F: Family>(which: u32) -> bool {
+pub fn reserved<F: Family>(which: u32) -> bool {
     let Some(work) = F::work() else {
         return false;
     };
     work.replaced = 0;
-    let done = F::add(which);
+    let done = F::reserve(which);
     if work.replaced != 0 {
         F::bury();
     }
-    done == ADDED
+    done == RESERVED
 }
 
 /// Removes the other half of a flow that had to go: `work.other_key`.
@@ -504,7 +533,7 @@ pub fn bury<F: Family>() -> u64 {
     let Some((home, sets)) = home::<F>(key) else {
         return 0;
     };
-    let number = anywhere::<F>(home, sets, key, NONE);
+    let number = anywhere::<F>(home, sets, key);
     let Some(entry) = entry::<F>(number) else {
         return 0;
     };
@@ -524,25 +553,57 @@ pub fn bury<F: Family>() -> u64 {
     0
 }
 
+/// Fills the reserved entries of a new flow, `work.number` and, if there are two of them, `work.reply_number`: from then on
+/// it is found.
+///
+/// This is the last thing a CPU does for a new flow, and has no atomic operation where stores are seen in the order in
+/// which they are made: such an operation would wait until memory has taken all of them, which otherwise happens while
+/// the CPU goes on.
+#[inline(always)]
+pub fn publish<F: Family>() -> u64 {
+    let Some(work) = F::work() else {
+        return 0;
+    };
+    write::<F>(
+        work.reply_number,
+        &raw const work.reply_key,
+        &raw const work.reply,
+    );
+    write::<F>(
+        work.number,
+        &raw const work.arrival.key,
+        &raw const work.client,
+    );
+    0
+}
+
 /// Writes an entry that is ours, its word of ports and protocol last.
 #[inline(always)]
-fn write<F: Family>(entry: *mut Entry<F::Addr>, key: KeyWords, which: u32, work: &Work<F::Addr>) {
-    let from = if which == REPLY {
-        &raw const work.reply
-    } else {
-        &raw const work.client
+fn write<F: Family>(number: Number, key: *const FlowKey<F::Addr>, flow: *const Flow<F::Addr>) {
+    let Some(entry) = entry::<F>(number) else {
+        return;
     };
-    let to = entry.cast::<u64>();
+    let (from, to) = (key.cast::<u64>(), entry.cast::<u64>());
+    let last = size_of::<FlowKey<F::Addr>>() / 8 - 1;
     // SAFETY: all words are within the entry and the desk, and aligned.
     unsafe {
-        let last = size_of::<FlowKey<F::Addr>>() / 8 - 1;
-        for (i, word) in key.0.iter().enumerate().take(last) {
-            to.add(i).write_volatile(*word);
+        for i in 0..last {
+            to.add(i).write_volatile(from.add(i).read_volatile());
         }
-        copy(&raw mut (*entry).flow, from);
-        atomic::exchange_u64(ports_of(entry), key.ports());
+        copy(&raw mut (*entry).flow, flow);
+        let ports = from.add(last).read_volatile();
+        if (&raw const STORES_IN_ORDER).read_volatile() == 0 {
+            atomic::exchange_u64(to.add(last), ports);
+        } else {
+            to.add(last).write_volatile(ports);
+        }
     }
 }
+
+/// 1 where all CPUs see stores in the order in which one of them made them (Intel SDM volume 3 section 9.2, AMD64 APM volume 2 section
+/// 7.2). Set when the program is loaded.
+#[unsafe(no_mangle)]
+static STORES_IN_ORDER: u32 = 0;
 
 /// Copies a flow word by word: as a whole, the compiler would call `memmove`.
 #[inline(always)]

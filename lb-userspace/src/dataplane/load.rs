@@ -426,6 +426,9 @@ struct Loaded {
     local: Local,
 }
 
+/// Whether this processor shows its stores to others in the order in which they are made.
+const STORES_IN_ORDER: u32 = cfg!(target_arch = "x86_64") as u32;
+
 /// Loads the programs, on the maps pinned in `adopt` or on new ones.
 fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
     let mut loader = EbpfLoader::new();
@@ -438,6 +441,7 @@ fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {
         }
     }
     loader.override_global("BUCKETS", &limits.listeners, true);
+    loader.override_global("STORES_IN_ORDER", &STORES_IN_ORDER, true);
     let mut ebpf = loader.load(OBJECT).map_err(|e| load_error(e, limits))?;
     let program = load_program(&mut ebpf, PROGRAM)?;
     // In the order of their numbers.
