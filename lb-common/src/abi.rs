@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 ///
 /// Raise it with every change of a map's key, value or meaning. A daemon adopts pinned maps only
 /// when the version they carry equals its own.
-pub const ABI_VERSION: u32 = 10;
+pub const ABI_VERSION: u32 = 11;
 
 /// Marks [`Settings::magic`]: the bytes `SLUICE` and a zero word, so that a foreign map is told
 /// apart from an old one.

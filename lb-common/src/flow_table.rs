@@ -22,7 +22,7 @@ use crate::{
     hash::{self, FACTOR, pair},
 };
 use bytemuck::{Pod, Zeroable};
-use core::mem::offset_of;
+use core::{mem::offset_of, num::NonZeroU64};
 
 /// Entries of a set.
 pub const WAYS: u32 = 8;
@@ -133,8 +133,50 @@ pub const fn flows(sets: u32) -> u32 {
 }
 
 /// Where the flow of a key may be.
+///
+/// All but the destination port is hashed for a set to count from, and the port leads from there through all sets. So whoever
+/// is free to choose a port can choose the set ([`Home::port_to`]): in `nat` a backend's answers are recorded beside the
+/// client's packets, where memory is at hand already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Home(u64);
+pub struct Home {
+    /// Of all but the destination port.
+    start: u32,
+    /// The port's steps of [`ROUND`].
+    steps: u32,
+    /// Of all.
+    hash: u64,
+}
+
+/// Ports in a row that lead once through all sets.
+pub const ROUND: u32 = 1 << 14;
+
+/// A port's place in a round: another one for each port, and those of ports in a row are strewn as if by chance.
+#[inline(always)]
+const fn strewn(port: u32) -> u32 {
+    let half = port * STRIDE % ROUND;
+    (half ^ half >> 7) * STRIDE % ROUND
+}
+
+/// The port that has a place.
+#[inline(always)]
+const fn gathered(place: u32) -> u32 {
+    let half = place * UNSTRIDE % ROUND;
+    (half ^ half >> 7) * UNSTRIDE % ROUND
+}
+
+/// A round divided by the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4).
+const STRIDE: u32 = 10_125;
+/// What undoes a multiplication by it.
+const UNSTRIDE: u32 = {
+    let mut inverse = STRIDE;
+    // Newton: each time twice as many bits are right, three at first.
+    let mut bits = 3;
+    while bits < 14 {
+        inverse = inverse.wrapping_mul(2_u32.wrapping_sub(STRIDE.wrapping_mul(inverse)));
+        bits *= 2;
+    }
+    inverse % ROUND
+};
 
 impl Home {
     /// Of a key. The seed is drawn at load, so nobody outside can aim at a set.
@@ -150,39 +192,74 @@ impl Home {
             x = (x ^ x >> 32 ^ words.0[2]).wrapping_mul(FACTOR_3);
             x = (x ^ x >> 32 ^ words.0[3]).wrapping_mul(FACTOR);
         }
-        x = (x ^ x >> 32 ^ words.0[4]).wrapping_mul(FACTOR_2);
-        Self((x ^ x >> 29).wrapping_mul(FACTOR_3))
+        let port = words.0[4] & DPORT;
+        x = (x ^ x >> 32 ^ words.0[4] ^ port).wrapping_mul(FACTOR_2);
+        x = (x ^ x >> 29).wrapping_mul(FACTOR_3);
+        Self {
+            start: (x >> 32) as u32,
+            steps: strewn(u16::from_be((port >> 16) as u16) as u32),
+            hash: (x ^ port).wrapping_mul(FACTOR),
+        }
     }
 
     /// The entry of a set that is looked at first.
     #[inline(always)]
     #[must_use]
     pub const fn way(self) -> u32 {
-        (self.0 >> 16) as u32 % WAYS
+        (self.hash >> 56) as u32 % WAYS
     }
 
     /// What it is known by in its set: 1 to 127.
     #[inline(always)]
     #[must_use]
     pub const fn tag(self) -> u64 {
-        (((self.0 >> 20 & 0x7f) * 0x7f) >> 7) + 1
+        (((self.hash >> 48 & 0x7f) * 0x7f) >> 7) + 1
     }
 
     /// The set it belongs into, of `sets`.
     #[inline(always)]
     #[must_use]
     pub const fn first(self, sets: u32) -> u32 {
-        hash::slot_of((self.0 >> 32) as u32, sets)
+        let set = hash::slot_of(self.start, sets) + step(self.steps, sets);
+        if set < sets { set } else { set - sets }
+    }
+
+    /// The destination port, but for multiples of [`ROUND`], with which this key, whatever port it has, belongs into set `to` or one as near as
+    /// a port leads.
+    #[inline(always)]
+    #[must_use]
+    pub fn port_to(self, to: u32, sets: u32) -> u32 {
+        let start = hash::slot_of(self.start, sets);
+        let way = if to < start {
+            to + sets - start
+        } else {
+            to - start
+        };
+        // Never 0, and the compiler shall not think of it.
+        let Some(divisor) = NonZeroU64::new(sets.into()) else {
+            return 0;
+        };
+        let places = (u64::from(way) * u64::from(ROUND) + u64::from(sets / 2)) / divisor;
+        gathered(places as u32 % ROUND)
     }
 
     /// The set it goes into when the first is full.
     #[inline(always)]
     #[must_use]
     pub const fn second(self, sets: u32) -> u32 {
-        let again = (self.0 ^ self.0 >> 31).wrapping_mul(FACTOR);
+        let again = (self.hash ^ self.hash >> 31).wrapping_mul(FACTOR_2);
         hash::slot_of((again >> 32) as u32, sets)
     }
 }
+
+/// Sets that so many steps lead further.
+#[inline(always)]
+const fn step(steps: u32, sets: u32) -> u32 {
+    (steps as u64 * sets as u64 / ROUND as u64) as u32
+}
+
+/// The destination port in a word of ports and protocol.
+const DPORT: u64 = 0xffff << 16;
 
 /// The factors of splitmix64 (Steele et al., 2014).
 const FACTOR_2: u64 = 0xbf58_476d_1ce4_e5b9;
@@ -337,10 +414,32 @@ mod tests {
     }
 
     #[test]
+    fn a_port_leads_beside_any_set() {
+        assert!((0..1 << 16).all(|port| gathered(strewn(port)) == port % ROUND));
+        let words = |dport: u16| {
+            let ports = 80 | u64::from(dport.to_be()) << 16 | 6 << 32;
+            KeyWords([0x0102_c612_0302_c612, 0, 0, 0, ports])
+        };
+        let any = Home::of::<u32>(words(4711), 0x5eed);
+        for sets in [1, 2, 3, 1000, 12_288, 16_384, 196_608, 3_000_001] {
+            for to in (0..50).map(|i| hash::slot_of(i * 85_899_345, sets)) {
+                let port = any.port_to(to, sets);
+                for round in 0..4 {
+                    let home = Home::of::<u32>(words((port + round * ROUND) as u16), 0x5eed);
+                    let first = home.first(sets);
+                    let away = first.abs_diff(to).min(sets - first.abs_diff(to));
+                    assert!(away <= sets / ROUND / 2 + 1, "{away} sets away of {sets}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn clients_answers_and_ports_in_a_row_fill_it_evenly() {
         let flows: u32 = 60_000;
         const fn ports(sport: u32, dport: u32) -> u64 {
-            (sport | dport << 16) as u64 | 6 << 32
+            let [sport, dport] = [(sport as u16).to_be(), (dport as u16).to_be()];
+            sport as u64 | (dport as u64) << 16 | 6 << 32
         }
         let client = |i: u32| {
             [

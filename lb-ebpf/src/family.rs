@@ -93,6 +93,8 @@ pub trait Family: Sized {
     fn opening() -> &'static Opening<Self::Addr>;
     /// [`crate::flow::table`]'s subprogram that finds a flow.
     fn find(which: u32) -> Number;
+    /// [`crate::flow::table`]'s subprogram that tells a port for a new flow in `nat`.
+    fn port_beside() -> u32;
     /// [`crate::flow::table`]'s subprogram that reserves an entry for a flow.
     fn reserve(which: u32) -> u64;
     /// [`crate::flow::table`]'s subprogram that fills the reserved entries.
@@ -276,6 +278,11 @@ impl Family for V4 {
     #[inline(always)]
     fn find(which: u32) -> Number {
         flow::find4(which)
+    }
+
+    #[inline(always)]
+    fn port_beside() -> u32 {
+        flow::port_beside4()
     }
 
     #[inline(always)]
@@ -655,6 +662,11 @@ impl Family for V6 {
     #[inline(always)]
     fn find(which: u32) -> Number {
         flow::find6(which)
+    }
+
+    #[inline(always)]
+    fn port_beside() -> u32 {
+        flow::port_beside6()
     }
 
     #[inline(always)]

@@ -448,12 +448,19 @@ pub fn now() -> u32 {
 /// The subprograms of one family, under names of their own because the kernel knows global
 /// functions by name.
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $reserve:ident, $publish:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident, $returns:ident, $through_gateway:ident) => {
+    ($family:ty, $find:ident, $port_beside:ident, $reserve:ident, $publish:ident, $bury:ident, $remove:ident, $choose:ident, $record_reply:ident, $record_client:ident, $revise:ident, $note_reply:ident, $answer:ident, $describe:ident, $returns:ident, $through_gateway:ident) => {
         /// [`table::find`] for one family.
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $find(which: u32) -> Number {
             table::find::<$family>(which)
+        }
+
+        /// [`table::port_beside`] for one family.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $port_beside() -> u32 {
+            table::port_beside::<$family>()
         }
 
         /// [`table::reserve`] for one family.
@@ -552,6 +559,7 @@ macro_rules! subprograms {
 subprograms!(
     crate::family::V4,
     find4,
+    port_beside4,
     reserve4,
     publish4,
     bury4,
@@ -569,6 +577,7 @@ subprograms!(
 subprograms!(
     crate::family::V6,
     find6,
+    port_beside6,
     reserve6,
     publish6,
     bury6,

@@ -21,6 +21,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, LOCAL, NO_BACKEND},
     csum,
     flow::{DIRECTION_BACKEND, DIRECTION_CLIENT, Flow, FlowKey, THROUGH_GATEWAY, state},
+    flow_table::ROUND,
     hash,
     service::{
         SERVICE_GUARDED, SERVICE_STATELESS, Service, forward, on_backend_down, on_no_backend,
@@ -247,8 +248,7 @@ pub fn record_reply<F: Family>() -> Decision {
         return FOLLOW;
     }
     let client = &work.arrival.key;
-    // A search that begins at a hash of the client finds a free port at the first try for as long
-    // as few are taken; the seed differs on every balancer, so nobody outside can guess it.
+    // The seed differs on every balancer, so nobody outside can guess what follows from it.
     let start = hash::jhash_3words(
         hash::address_word(client.src),
         u32::from(client.sport) << 16 | u32::from(client.dport),
@@ -273,7 +273,14 @@ pub fn record_reply<F: Family>() -> Decision {
     let span = u32::from(settings.nat_port_last)
         .wrapping_sub(first)
         .wrapping_add(1);
-    let mut offset = hash::slot_of(start, span);
+    // A search that begins where the client's place in the flow table says finds a free port at the first try for as long
+    // as few are taken.
+    let beside = F::port_beside().wrapping_sub(first) % ROUND;
+    let mut offset = if beside < span {
+        beside + ROUND * hash::slot_of(start, (span - beside).div_ceil(ROUND))
+    } else {
+        hash::slot_of(start, span)
+    };
     // A stride of its own for each client leaves the clusters that linear probing would build; a
     // small range is walked port by port.
     let stride = if span > 4 * PORT_TRIES {
@@ -332,7 +339,12 @@ pub fn record_reply<F: Family>() -> Decision {
                 return FOLLOW;
             }
         }
-        offset += stride;
+        // The next one of the same set, if there is one; then any.
+        offset += if attempt == 0 && span > ROUND {
+            ROUND
+        } else {
+            stride
+        };
         if offset >= span {
             offset -= span;
         }

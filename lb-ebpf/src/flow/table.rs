@@ -89,6 +89,24 @@ fn home<F: Family>(words: KeyWords) -> Option<(Home, u32)> {
     Some((home, settings.flow_sets))
 }
 
+/// The port of `work.reply_key`, but for multiples of [`ROUND`](flow_table::ROUND), with which it belongs into the set beside that of the
+/// client's key: where a new flow's two keys are looked for, and written, memory is then waited for once. Beside it and not in it, so that
+/// sets fill as evenly as if both were strewn by chance.
+#[inline(always)]
+pub fn port_beside<F: Family>() -> u32 {
+    let Some(work) = F::work() else {
+        return 0;
+    };
+    let Some((client, sets)) = home::<F>(sought(work, ARRIVAL)) else {
+        return 0;
+    };
+    let Some((reply, _)) = home::<F>(sought(work, REPLY)) else {
+        return 0;
+    };
+    let next = client.first(sets) + 1;
+    reply.port_to(if next < sets { next } else { 0 }, sets)
+}
+
 /// A key on a desk or in an entry, in double words.
 #[inline(always)]
 fn words<A: Address>(key: *const FlowKey<A>) -> KeyWords {
