@@ -29,7 +29,7 @@ pub trait Address: Pod + Eq {
 impl Address for u32 {
     const FAMILY: u8 = FAMILY_V4;
     const WORDS: usize = 1;
-    type EntryRest = [u32; 12];
+    type EntryRest = [u32; 0];
 
     #[inline(always)]
     fn widen(self) -> [u32; 4] {
@@ -45,7 +45,7 @@ impl Address for u32 {
 impl Address for [u32; 4] {
     const FAMILY: u8 = FAMILY_V6;
     const WORDS: usize = 4;
-    type EntryRest = [u32; 0];
+    type EntryRest = [u32; 4];
 
     #[inline(always)]
     fn widen(self) -> [u32; 4] {

@@ -31,9 +31,9 @@ pub const DIRECTION_CLIENT: u8 = 0;
 /// Direction: the entry matches packets from the backend.
 pub const DIRECTION_BACKEND: u8 = 1;
 
-/// In place of an interface: the client came through its service's gateway ([`crate::service::Gateway`]), which
+/// In place of a link: the client came through its service's gateway ([`crate::service::Gateway`]), which
 /// tells the way back whichever router that is by then.
-pub const THROUGH_GATEWAY: u32 = 0;
+pub const THROUGH_GATEWAY: u16 = 0;
 
 /// Ticks after which a SYN that comes again is a repetition by its client, whom the backend has not
 /// answered, and no duplicate that the network made: a fifth of a second. Clients wait for a second
@@ -115,8 +115,6 @@ pub struct Flow<A> {
     pub dport: u16,
     /// The backend's number in map `backends`.
     pub backend: u32,
-    /// [`crate::backend::Backend::generation`] at the time the flow was placed.
-    pub generation: u32,
     /// The service's number in map `services`.
     pub service: u32,
     /// What to add (ones' complement) to the sum of the IPv4 header when the addresses change.
@@ -134,19 +132,20 @@ pub struct Flow<A> {
     pub proven: u8,
     /// Tick of the last packet (coarse: see [`crate::abi::TICKS_PER_SECOND`]).
     pub last_seen: u32,
+    /// [`crate::backend::Backend::generation`] at the time the flow was placed.
+    pub generation: u16,
+    /// By what the client's packets come: a place in map `links`, or [`THROUGH_GATEWAY`]. Used in the backend's entry.
+    pub link: u16,
+    /// The last two bytes of the Ethernet address that the client's packets come from, as they stand in the frame. Used in the
+    /// backend's entry.
+    pub hop_tail: u16,
     /// Bytes of the largest IP packet that the interface towards the client can send; 0 if that is
     /// not known. Used in the backend's entry.
-    pub mtu: u32,
-    /// The interface the client's packet came from, or [`THROUGH_GATEWAY`]. Used in the backend's entry.
-    pub ifindex: u32,
-    /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]. Used in the
-    /// backend's entry.
-    pub tags: u32,
-    /// Ethernet destination and source towards the client, as they stand in the frame. Used in the
-    /// backend's entry.
-    pub l2: [u32; 3],
-    /// Tick of the first packet.
-    pub created: u32,
+    pub mtu: u16,
+    /// The first four bytes of that Ethernet address.
+    pub hop_head: u32,
+    /// In the client's entry [`Flow::created`], in the backend's [`Flow::tags`].
+    pub created_or_tags: u32,
 }
 
 // SAFETY: repr(C), and the assertions below show that there is no padding.
@@ -159,8 +158,28 @@ unsafe impl Pod for Flow<u32> {}
 unsafe impl Pod for Flow<[u32; 4]> {}
 const _: () = assert!(size_of::<FlowKey<u32>>() == 16);
 const _: () = assert!(size_of::<FlowKey<[u32; 4]>>() == 40);
-const _: () = assert!(size_of::<Flow<u32>>() == 64);
-const _: () = assert!(size_of::<Flow<[u32; 4]>>() == 88);
+const _: () = assert!(size_of::<Flow<u32>>() == 48);
+const _: () = assert!(size_of::<Flow<[u32; 4]>>() == 72);
+
+impl<A> Flow<A> {
+    /// Tick of the first packet; 0 in the backend's entry, which does not have it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn created(&self) -> u32 {
+        if self.direction == DIRECTION_BACKEND {
+            0
+        } else {
+            self.created_or_tags
+        }
+    }
+
+    /// VLAN tags the client's packet came with, packed as in [`crate::vlan`]; the client's entry does not have them.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tags(&self) -> u32 {
+        self.created_or_tags
+    }
+}
 
 impl<A: Address> Flow<A> {
     /// The key of the other direction's entry.

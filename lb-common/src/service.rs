@@ -390,6 +390,51 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Bytes of the largest IP packet it can send; 0: not known.
     pub mtu: u16,
+    /// Its place in map `links`.
+    pub link: u32,
 }
 
-const _: () = assert!(size_of::<Interface>() == 8);
+const _: () = assert!(size_of::<Interface>() == 12);
+
+/// An element of map `links`: an interface, as flows name it by whose client it is. A place is given to another interface only when
+/// there is none that had no interface yet, and its own is gone.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct ClientLink {
+    /// Bytes four to twelve of the Ethernet header of what leaves by it: two for the end of the destination, which are zero, and
+    /// the interface's own address.
+    pub source: [u32; 2],
+    /// Interface index; 0: nobody has this place.
+    pub ifindex: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<ClientLink>() == 16);
+
+/// Elements of map `links`. The first is [`crate::flow::THROUGH_GATEWAY`].
+pub const LINKS: u32 = 1024;
+
+impl ClientLink {
+    /// Of an interface.
+    #[must_use]
+    pub const fn new(ifindex: u32, mac: [u8; 6]) -> Self {
+        let [a, b, c, d, e, f] = mac;
+        Self {
+            source: [
+                u32::from_ne_bytes([0, 0, a, b]),
+                u32::from_ne_bytes([c, d, e, f]),
+            ],
+            ifindex,
+            reserved: 0,
+        }
+    }
+
+    /// The interface's own Ethernet address.
+    #[must_use]
+    pub const fn mac(&self) -> [u8; 6] {
+        let [_, _, a, b] = self.source[0].to_ne_bytes();
+        let [c, d, e, f] = self.source[1].to_ne_bytes();
+        [a, b, c, d, e, f]
+    }
+}

@@ -32,7 +32,7 @@ pub fn open<F: Family>(frame: &Frame, packet: &Packet<F>, outgoing: &Outgoing<F:
     datagram.src = lookup::load(&flow.src);
     datagram.dst = lookup::load(&flow.dst);
     datagram.backend = flow.backend;
-    datagram.generation = flow.generation;
+    datagram.generation = flow.generation.into();
     datagram.service = flow.service;
     rewrite::copy_link(&mut datagram.l2, outgoing.l2);
     datagram.ifindex = outgoing.ifindex;

@@ -16,7 +16,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Bucket4, Bucket6, Cursor, Gateway, Interface, Service, Vip},
+    service::{self, Bucket4, Bucket6, ClientLink, Cursor, Gateway, Interface, Service, Vip},
     stats::{Counters, DROP_SLOTS},
 };
 
@@ -94,6 +94,8 @@ pub static BACKEND_STATS: PerCpuArray<Counters, 16385> = PerCpuArray::new();
 pub static DROPS: PerCpuArray<u64, { DROP_SLOTS as usize }> = PerCpuArray::new();
 #[btf_map(name = "interfaces")]
 pub static INTERFACES: HashMap<u32, Interface, 256> = HashMap::new();
+#[btf_map(name = "links")]
+pub static LINKS: Array<ClientLink, { service::LINKS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "redirects")]
 pub static REDIRECTS: DevMapHash<256> = DevMapHash::new();
 #[btf_map(name = "local_settings")]

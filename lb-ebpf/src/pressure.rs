@@ -99,11 +99,17 @@ fn resume<F: Family>() -> Decision {
     let opposite = flow.opposite(work.arrival.key.protocol);
     touch(flow, work.arrival.now);
     if flow.direction == DIRECTION_BACKEND {
-        if exceeds(work.arrival.packet_len, flow.mtu, work.arrival.ifindex) {
-            return too_big(flow.mtu as u16, number);
+        if exceeds(
+            work.arrival.packet_len,
+            flow.mtu.into(),
+            work.arrival.ifindex,
+        ) {
+            return too_big(flow.mtu, number);
         }
         table::copy(&raw mut work.client, flow);
-        work.way.set(&flow.l2, flow.ifindex, flow.tags);
+        if work.way.set_back(flow).is_none() {
+            return OVER;
+        }
         if flags.any(TcpFlags::CHANGES)
             && let Some(client) = F::opening().get_ptr_mut(&opposite)
         {
@@ -114,7 +120,7 @@ fn resume<F: Family>() -> Decision {
         return FOLLOW;
     }
     let known = maps::BACKENDS.get(flow.backend).filter(|backend| {
-        u32::from(backend.generation) == flow.generation && backend.flags & BACKEND_ALIVE != 0
+        backend.generation == flow.generation && backend.flags & BACKEND_ALIVE != 0
     });
     let Some(backend) = known else {
         return forget::<F>(&work.arrival.key, &opposite);
@@ -189,10 +195,16 @@ fn recycle<F: Family>(any: u32) -> u64 {
     if let Some(reply) = F::opening().get_ptr(key) {
         // SAFETY: as in `flow::follow`.
         let reply = unsafe { &*reply };
-        if any == 0 && ticks_since(work.arrival.now, reply.created) < HALF_OPEN {
-            return 0;
-        }
         let client = reply.opposite(key.protocol);
+        if any == 0
+            && let Some(flow) = F::opening().get_ptr(&client)
+        {
+            // SAFETY: as above.
+            let created = unsafe { (*flow).created() };
+            if ticks_since(work.arrival.now, created) < HALF_OPEN {
+                return 0;
+            }
+        }
         forget::<F>(&client, key);
         return u64::from(F::find(table::REPLY) == table::NONE);
     }
@@ -202,13 +214,13 @@ fn recycle<F: Family>(any: u32) -> u64 {
     work.other_key = reply.opposite(key.protocol);
     if let Some(client) = table::flow::<F>(F::find(table::OTHER)) {
         let half_open = matches!(client.state, state::SYN_SENT | state::SYN_RECEIVED);
-        if !half_open || ticks_since(work.arrival.now, client.created) < HALF_OPEN {
+        if !half_open || ticks_since(work.arrival.now, client.created()) < HALF_OPEN {
             return 0;
         }
         let (backend, generation, state) = (client.backend, client.generation, client.state);
         let counted = maps::BACKENDS
             .get(backend)
-            .is_some_and(|b| u32::from(b.generation) == generation);
+            .is_some_and(|b| b.generation == generation);
         if F::remove(table::OTHER) == 1 && counted {
             count_end(backend, state);
         }

@@ -206,9 +206,6 @@ fn leave_through<F: Family>(work: &mut Work<F::Addr>, gateway: &Gateway, service
     if flow::exceeds(arrival.packet_len, gateway.mtu.into(), arrival.ifindex) {
         return too_big(gateway.mtu, service);
     }
-    let flow = &mut work.client;
-    rewrite::copy_link(&mut flow.l2, &gateway.l2);
-    (flow.ifindex, flow.tags) = (gateway.ifindex, gateway.tags);
     work.way.set(&gateway.l2, gateway.ifindex, gateway.tags);
     FOLLOW
 }
@@ -226,7 +223,7 @@ fn towards_backend<F: Family>(work: &mut Work<F::Addr>, backend: &Backend) {
     flow.dport = backend.port;
     flow.l3_delta = csum::fold(addresses);
     flow.l4_delta = csum::fold(addresses + ports);
-    flow.generation = backend.generation.into();
+    flow.generation = backend.generation;
     flow.forward = forward::DNAT;
     flow.direction = DIRECTION_CLIENT;
 }
@@ -292,7 +289,7 @@ pub fn answer<F: Family>() -> Decision {
     flow.l4_delta = csum::fold(addresses + ports);
     flow.service = service_number;
     flow.backend = number;
-    flow.generation = backend.generation.into();
+    flow.generation = backend.generation;
     flow.forward = forward::DNAT;
     flow.direction = DIRECTION_BACKEND;
     leave_through::<F>(work, gateway, service_number)
@@ -465,7 +462,7 @@ pub fn describe<F: Family>() -> u64 {
     let flow = &mut work.client;
     flow.service = number;
     flow.backend = owners.old;
-    flow.generation = backend.generation.into();
+    flow.generation = backend.generation;
     flow.forward = service.forward;
     flow.direction = DIRECTION_CLIENT;
     if service.forward == forward::DNAT {

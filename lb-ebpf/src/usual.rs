@@ -142,23 +142,25 @@ fn follow<F: Family>(frame: &Frame, packet: &Packet<F>, lane: u8) -> Option<Outg
         return answer(frame, packet, lane);
     };
     let (mtu, tags) = if flow.direction == DIRECTION_BACKEND {
-        if flow.ifindex == THROUGH_GATEWAY {
+        if flow.link == THROUGH_GATEWAY {
             return None;
         }
-        (flow.mtu, flow.tags)
+        (flow.mtu, flow.tags())
     } else {
         let backend = maps::BACKENDS.get(flow.backend)?;
         if !flow::is_steady(flow, backend) {
             return None;
         }
-        (backend.mtu.into(), backend.tags)
+        (backend.mtu, backend.tags)
     };
-    if tags != 0 || flow::exceeds(packet.packet_len, mtu, frame.ingress()) {
+    if tags != 0 || flow::exceeds(packet.packet_len, mtu.into(), frame.ingress()) {
         return None;
     }
     flow::touch(flow, flow::now());
     let (l2, ifindex) = if flow.direction == DIRECTION_BACKEND {
-        (&flow.l2, flow.ifindex)
+        let way = &mut F::work()?.way;
+        way.set_back(flow)?;
+        (&way.l2, way.ifindex)
     } else {
         let backend = maps::BACKENDS.get(flow.backend)?;
         (&backend.l2, backend.ifindex)

@@ -227,6 +227,15 @@ fn is_stranger<A>(slot: Slot, mode: u8, key: &FlowKey<A>, flow: &Flow<A>) -> boo
     slot.backend != flow.backend || flow.forward != mode || has_other_port
 }
 
+/// When a flow began, or had its last answer.
+const fn begun<A>(flow: &Flow<A>) -> u32 {
+    if flow.direction == DIRECTION_BACKEND {
+        flow.last_seen
+    } else {
+        flow.created()
+    }
+}
+
 /// Clients of services with affinity who have flows, and the backend of one of these with its
 /// generation.
 type Clients<A> = StdHashMap<ClientKey<A>, (u32, u32)>;
@@ -423,7 +432,7 @@ impl Flows {
         table.sweep(|key, flow| {
             let idle = timeouts.idle.get(&flow.service).copied();
             let has_backend = self.belongs(flow);
-            if idle.is_none() && has_backend && ticks_since(now, flow.created) < FRESH {
+            if idle.is_none() && has_backend && ticks_since(now, begun(flow)) < FRESH {
                 // Perhaps of a service that has come since the sweep began.
                 return;
             }
@@ -457,7 +466,7 @@ impl Flows {
                     service: flow.service,
                     addr: masked(key.src, mask),
                 };
-                clients.insert(client, (flow.backend, flow.generation));
+                clients.insert(client, (flow.backend, flow.generation.into()));
             }
             if !belongs || silent > timeouts.patience.with(flow.state, idle.unwrap_or(0)) {
                 over.push((*key, *flow, belongs));
@@ -524,7 +533,7 @@ impl Flows {
             sweep.flows += u64::from(flow.direction != DIRECTION_BACKEND);
             // As in `sweep_table`.
             let known =
-                timeouts.idle.contains_key(&flow.service) || ticks_since(now, flow.created) < FRESH;
+                timeouts.idle.contains_key(&flow.service) || ticks_since(now, begun(flow)) < FRESH;
             let belongs = known && self.belongs(flow);
             // UDP has shown no more than one packet.
             let limit = timeouts
@@ -595,7 +604,7 @@ impl Flows {
             return false;
         }
         let backend = self.backends.read(flow.backend);
-        backend.service == flow.service && u32::from(backend.generation) == flow.generation
+        backend.service == flow.service && backend.generation == flow.generation
     }
 
     /// The counters of each backend's connections.
@@ -847,7 +856,7 @@ fn connection<A: Address>(
 fn destination<A: Address>(flow: &Flow<A>, record: impl Fn() -> Option<Backend>) -> SocketAddr {
     if !forward::translates(flow.forward)
         && let Some(backend) = record()
-        && u32::from(backend.generation) == flow.generation
+        && backend.generation == flow.generation
     {
         let port = u16::from_be(flow.dport);
         return SocketAddr::new(to_ip(backend.family, &backend.addr), port);

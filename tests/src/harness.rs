@@ -847,10 +847,14 @@ impl Balancer {
         }
     }
 
-    /// Sets the MTU of an interface, with the balancer's MAC address.
+    /// Sets the MTU of an interface, with the balancer's MAC address; 0: it is not known.
     pub fn set_interface_mtu(&mut self, ifindex: u32, mtu: u16) {
         let mac = BALANCER.mac;
-        self.hash_insert("interfaces", ifindex, service::Interface { mac, mtu });
+        // Any place will do, if each has its own.
+        let link = 1 + ifindex % (service::LINKS - 1);
+        let interface = service::Interface { mac, mtu, link };
+        self.hash_insert("interfaces", ifindex, interface);
+        self.set("links", link, service::ClientLink::new(ifindex, mac));
     }
 
     /// Sets the flags of a VIP.
@@ -1405,7 +1409,9 @@ impl Balancer {
     {
         let [map, _] = flow_maps::<A>();
         for (place, key, mut flow) in self.recorded::<A>() {
-            flow.created = flow.created.wrapping_sub(ticks);
+            if flow.direction == flow::DIRECTION_CLIENT {
+                flow.created_or_tags = flow.created().wrapping_sub(ticks);
+            }
             flow.last_seen = flow.last_seen.wrapping_sub(ticks);
             let empty = flow_table::Entry::<A>::zeroed();
             self.set(map, place, flow_table::Entry { key, flow, ..empty });
@@ -1655,7 +1661,7 @@ fn readable<A: addr::Address>(key: &flow::FlowKey<A>, value: &flow::Flow<A>) -> 
         out_src: (ip(value.src), u16::from_be(value.sport)),
         out_dst: (ip(value.dst), u16::from_be(value.dport)),
         backend: value.backend,
-        generation: value.generation,
+        generation: value.generation.into(),
         service: value.service,
         forward: value.forward,
         state: value.state,

@@ -11,7 +11,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Bucket4, Bucket6, Cursor, Gateway, Interface, Listener, Service, Vip},
+    service::{Bucket4, Bucket6, ClientLink, Cursor, Gateway, Interface, Listener, Service, Vip},
     stats::Counters,
 };
 use sluice_tests::btf::{Btf, Struct, Type};
@@ -155,20 +155,20 @@ fn layouts() -> Vec<Layout> {
             src: Addr6, dst: Addr6, sport: u16, dport: u16, protocol: u32,
         }),
         layout!("Flow_3C_u32_3E_", Flow<u32> {
-            src: u32, dst: u32, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
+            src: u32, dst: u32, sport: u16, dport: u16, backend: u32, service: u32,
             l3_delta: u16, l4_delta: u16, state: u8, direction: u8, forward: u8, proven: u8, last_seen: u32,
-            mtu: u32, ifindex: u32, tags: u32, l2: [u32; 3], created: u32,
+            generation: u16, link: u16, hop_tail: u16, mtu: u16, hop_head: u32, created_or_tags: u32,
         }),
         layout!("Flow_3C__5B_u32_3B__20_4_5D__3E_", Flow<Addr6> {
-            src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, generation: u32, service: u32,
+            src: Addr6, dst: Addr6, sport: u16, dport: u16, backend: u32, service: u32,
             l3_delta: u16, l4_delta: u16, state: u8, direction: u8, forward: u8, proven: u8, last_seen: u32,
-            mtu: u32, ifindex: u32, tags: u32, l2: [u32; 3], created: u32,
+            generation: u16, link: u16, hop_tail: u16, mtu: u16, hop_head: u32, created_or_tags: u32,
         }),
         layout!("Entry_3C_u32_3E_", Entry<u32> {
-            key: FlowKey<u32>, flow: Flow<u32>, reserved: [u32; 12],
+            key: FlowKey<u32>, flow: Flow<u32>, reserved: [u32; 0],
         }),
         layout!("Entry_3C__5B_u32_3B__20_4_5D__3E_", Entry<Addr6> {
-            key: FlowKey<Addr6>, flow: Flow<Addr6>, reserved: [u32; 0],
+            key: FlowKey<Addr6>, flow: Flow<Addr6>, reserved: [u32; 4],
         }),
         layout!("FragmentKey_3C_u32_3E_", FragmentKey<u32> {
             src: u32, dst: u32, id: u32, protocol: u32,
@@ -280,7 +280,16 @@ fn layouts() -> Vec<Layout> {
             "Interface",
             Interface {
                 mac: [u8; 6],
-                mtu: u16
+                mtu: u16,
+                link: u32
+            }
+        ),
+        layout!(
+            "ClientLink",
+            ClientLink {
+                source: [u32; 2],
+                ifindex: u32,
+                reserved: u32
             }
         ),
     ]
@@ -288,7 +297,7 @@ fn layouts() -> Vec<Layout> {
 
 /// Key and value of each map, as `docs/architecture.md` has them. Structures by their name,
 /// others by size.
-const MAPS: [(&str, &str, &str); 42] = [
+const MAPS: [(&str, &str, &str); 43] = [
     ("settings", "4", "Settings"),
     ("nat_sources4", "4", "4"),
     ("nat_sources6", "4", "16"),
@@ -351,6 +360,7 @@ const MAPS: [(&str, &str, &str); 42] = [
     ("backend_stats", "4", "Counters"),
     ("drops", "4", "8"),
     ("interfaces", "4", "Interface"),
+    ("links", "4", "ClientLink"),
     ("local_settings", "4", "LocalSettings"),
     ("local_peers", "PeerKey", "Peer"),
     ("probe_targets", "4", "ProbeTarget"),

@@ -28,7 +28,7 @@ pub fn revise<F: Family>() -> Decision {
     };
     let flags = TcpFlags(arrival.flags);
     let udp = flow.state == state::UDP;
-    let known = u32::from(backend.generation) == flow.generation;
+    let known = backend.generation == flow.generation;
     let alive = known && backend.flags & BACKEND_ALIVE != 0;
     let service = maps::SERVICES.get(flow.service);
     let number = flow.service;
@@ -58,7 +58,7 @@ pub fn revise<F: Family>() -> Decision {
         let limit = service.map_or(0, |s| s.connect_timeout);
         if flow.state == state::SYN_SENT
             && limit != 0
-            && ticks_since(arrival.now, flow.created) >= limit
+            && ticks_since(arrival.now, flow.created()) >= limit
         {
             forget::<F>(work, flow, known);
             return refused(DropReason::ConnectTimeout, number);
@@ -69,7 +69,7 @@ pub fn revise<F: Family>() -> Decision {
         {
             // The client asks again, so nobody has answered: another backend shall.
             count_load(flow.backend, RETRIES);
-            (work.avoid, work.since) = (flow.backend, flow.created);
+            (work.avoid, work.since) = (flow.backend, flow.created());
             work.avoider = hash::flow_hash(&work.arrival.key);
             forget::<F>(work, flow, known);
             return OVER;
@@ -113,7 +113,7 @@ pub fn note_reply<F: Family>() -> Decision {
         let plural = maps::SERVICES
             .get(flow.service)
             .is_some_and(|s| s.flags & SERVICE_PLURAL != 0);
-        if plural && ticks_since(work.arrival.now, flow.created) < SYN_REPEATED {
+        if plural && ticks_since(work.arrival.now, flow.created()) < SYN_REPEATED {
             return dropped(DropReason::Refused, flow.service);
         }
     }
@@ -157,7 +157,7 @@ fn advance<A>(flow: &mut Flow<A>, flags: TcpFlags, from_backend: bool) {
     // The number may belong to another backend by now, which never counted this flow.
     if maps::BACKENDS
         .get(backend)
-        .is_none_or(|b| u32::from(b.generation) != flow.generation)
+        .is_none_or(|b| b.generation != flow.generation)
     {
         return;
     }

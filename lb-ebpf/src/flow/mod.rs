@@ -85,6 +85,18 @@ impl Way {
         self.ifindex = ifindex;
         self.tags = tags;
     }
+
+    /// To the client of a flow whose backend's entry this is; `None` if its interface is not known.
+    #[inline(always)]
+    pub fn set_back<A>(&mut self, flow: &Flow<A>) -> Option<()> {
+        let link = maps::LINKS.get(flow.link.into())?;
+        self.l2[0] = flow.hop_head;
+        self.l2[1] = u32::from(flow.hop_tail) | link.source[0];
+        self.l2[2] = link.source[1];
+        self.ifindex = link.ifindex;
+        self.tags = flow.tags();
+        Some(())
+    }
 }
 
 /// Each CPU's desk, where subprograms find the packet and leave their result; it also holds what
@@ -116,6 +128,8 @@ pub struct Work<A> {
     pub avoid: u32,
     /// When that SYN came, if there was one.
     pub since: u32,
+    /// When the first packet of the new flow came.
+    pub created: u32,
     /// The hash of the flow that the two before are about: what stops on its way to be placed leaves
     /// them behind.
     pub avoider: u32,
@@ -241,21 +255,20 @@ fn to_client<F: Family>(
     flow: &'static mut Flow<F::Addr>,
     now: u32,
 ) -> Result<Outgoing<F::Addr>, Verdict> {
-    let through_gateway = flow.ifindex == THROUGH_GATEWAY;
+    let work = F::work().ok_or(Verdict::PASS)?;
+    let through_gateway = flow.link == THROUGH_GATEWAY;
     if through_gateway {
-        let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.packet_len = packet.packet_len;
         work.arrival.ifindex = frame.ingress();
         match F::through_gateway() {
             FOLLOW => {}
             decision => return Err(ended(decision)),
         }
-    } else if exceeds(packet.packet_len, flow.mtu, frame.ingress()) {
-        return Err(Verdict::too_big(flow.mtu as u16, flow.service));
+    } else if exceeds(packet.packet_len, flow.mtu.into(), frame.ingress()) {
+        return Err(Verdict::too_big(flow.mtu, flow.service));
     }
     touch(flow, now);
     if packet.flags.any(TcpFlags::CHANGES) {
-        let work = F::work().ok_or(Verdict::PASS)?;
         work.arrival.key = flow.opposite(u32::from(packet.protocol));
         work.arrival.flags = packet.flags.0;
         work.arrival.now = now;
@@ -264,20 +277,17 @@ fn to_client<F: Family>(
             decision => return Err(ended(decision)),
         }
     }
-    if through_gateway {
-        let work = F::work().ok_or(Verdict::PASS)?;
-        return Ok(Outgoing {
-            flow: &work.client,
-            l2: &work.way.l2,
-            ifindex: work.way.ifindex,
-            tags: work.way.tags,
-        });
-    }
+    let flow = if through_gateway {
+        &work.client
+    } else {
+        work.way.set_back(flow).ok_or(Verdict::PASS)?;
+        flow
+    };
     Ok(Outgoing {
         flow,
-        l2: &flow.l2,
-        ifindex: flow.ifindex,
-        tags: flow.tags,
+        l2: &work.way.l2,
+        ifindex: work.way.ifindex,
+        tags: work.way.tags,
     })
 }
 
@@ -320,7 +330,7 @@ fn to_backend<F: Family>(
 pub fn is_steady<A>(flow: &Flow<A>, backend: &Backend) -> bool {
     STEADY >> (flow.state & 7) & 1 != 0
         && backend.flags == BACKEND_RESOLVED | BACKEND_ALIVE
-        && u32::from(backend.generation) == flow.generation
+        && backend.generation == flow.generation
 }
 
 /// Whether a packet is too large for a way of this MTU.

@@ -4,8 +4,7 @@
 //! stack than the kernel grants.
 
 use super::{
-    Decision, FOLLOW, NOT_OURS, change::count_begin, dropped, exceeds, interface_mtu, refused,
-    table, too_big,
+    Decision, FOLLOW, NOT_OURS, change::count_begin, dropped, exceeds, refused, table, too_big,
 };
 use crate::{
     admit, atomic, checksum,
@@ -77,7 +76,7 @@ pub fn choose<F: Family>() -> Decision {
     if avoid != NO_BACKEND && work.avoider != hash::flow_hash(&work.arrival.key) {
         avoid = NO_BACKEND;
     }
-    let created = if avoid == NO_BACKEND {
+    work.created = if avoid == NO_BACKEND {
         work.arrival.now
     } else {
         work.since
@@ -155,6 +154,14 @@ pub fn choose<F: Family>() -> Decision {
     }
     let arrival = &work.arrival;
     let key = &arrival.key;
+    let (mut link, mut mtu) = (THROUGH_GATEWAY, 0);
+    if translates && work.recording != 0 && !returns {
+        // SAFETY: a copy of two half words.
+        let Some(interface) = (unsafe { maps::INTERFACES.get(arrival.ifindex) }) else {
+            return dropped(DropReason::NoNeighbour, number);
+        };
+        (link, mtu) = (interface.link as u16, interface.mtu);
+    }
     // The kernel answers a client on its own, so a local backend needs no other source.
     let mode = if service.forward == forward::NAT && backend.ifindex == LOCAL {
         forward::DNAT
@@ -185,13 +192,14 @@ pub fn choose<F: Family>() -> Decision {
         sport: key.dport,
         dport: key.sport,
         backend: backend_number,
-        generation: backend.generation.into(),
+        generation: backend.generation,
         service: number,
-        l2: arrival.l2,
-        ifindex: arrival.ifindex,
-        tags: arrival.tags,
+        link,
+        hop_head: arrival.l2[0],
+        hop_tail: arrival.l2[1] as u16,
+        mtu,
+        created_or_tags: arrival.tags,
         last_seen: arrival.now,
-        created,
         l3_delta: 0,
         l4_delta: 0,
         state: if udp {
@@ -205,11 +213,7 @@ pub fn choose<F: Family>() -> Decision {
         forward: mode,
         // UDP has no more to show, and a flow in the middle has shown it before.
         proven: u8::from(udp || !opens),
-        mtu: interface_mtu(arrival.ifindex),
     };
-    if returns {
-        work.reply.ifindex = THROUGH_GATEWAY;
-    }
     FOLLOW
 }
 
@@ -372,6 +376,7 @@ pub fn record_client<F: Family>() -> Decision {
     work.client.l4_delta = !work.reply.l4_delta;
     work.client.direction = DIRECTION_CLIENT;
     work.client.proven = 0;
+    work.client.created_or_tags = work.created;
     if work.recording == 0 {
         if work.client.state == state::SYN_SENT {
             stats::count_connection(number, backend_number);

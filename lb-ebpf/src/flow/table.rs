@@ -517,11 +517,11 @@ fn displace<F: Family>(
 
 /// The end of a flow one of whose entries has gone: with the client's, its backend has one less.
 #[inline(always)]
-fn count_end(direction: u8, backend: u32, generation: u32, state: u8) {
+fn count_end(direction: u8, backend: u32, generation: u16, state: u8) {
     let counted = direction == DIRECTION_CLIENT
         && maps::BACKENDS
             .get(backend)
-            .is_some_and(|backend| u32::from(backend.generation) == generation);
+            .is_some_and(|backend| backend.generation == generation);
     if counted {
         change::count_end(backend, state);
     }

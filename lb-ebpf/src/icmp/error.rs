@@ -7,7 +7,7 @@
 use crate::{
     checksum,
     family::{Family, V4, V6},
-    flow::{FOLLOW, table},
+    flow::{FOLLOW, Way, table},
     frame::{Cursor, Frame},
     lookup, maps, parse,
     parse::protocol,
@@ -73,7 +73,7 @@ pub fn carry_on<F: Family>(frame: &Frame, link: &parse::Link) -> Verdict {
 #[inline(always)]
 fn leaves_through_gateway<F: Family>(number: table::Number) -> bool {
     table::flow::<F>(number)
-        .is_some_and(|flow| flow.direction == DIRECTION_BACKEND && flow.ifindex == THROUGH_GATEWAY)
+        .is_some_and(|flow| flow.direction == DIRECTION_BACKEND && flow.link == THROUGH_GATEWAY)
 }
 
 /// An ICMP error and what it quotes.
@@ -165,7 +165,11 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
     if hops <= 1 && flow.forward != forward::DSR {
         return Err(Verdict::drop(DropReason::TtlExceeded, service));
     }
-    let (l2, ifindex, tags) = next_hop(flow)?;
+    // The way to a client has been found with an answer that is not recorded, or leaves through a gateway.
+    if work.number != table::NONE || flow.direction == DIRECTION_CLIENT {
+        next_hop(&mut work.way, flow)?;
+    }
+    let (l2, ifindex, tags) = (&work.way.l2, work.way.ifindex, work.way.tags);
     (work.service, work.tags) = (service, tags);
     let bytes = u64::from(located.packet_len);
     if flow.direction == DIRECTION_BACKEND {
@@ -209,18 +213,19 @@ fn carry<F: Family>(ctx: *mut xdp_md) -> Result<Verdict, Verdict> {
 
 /// MAC addresses, interface and VLAN tags towards the end of the flow.
 #[inline(always)]
-fn next_hop<A: Address>(flow: &'static Flow<A>) -> Result<(&'static [u32; 3], u32, u32), Verdict> {
+fn next_hop<A: Address>(way: &mut Way, flow: &Flow<A>) -> Result<(), Verdict> {
     if flow.direction == DIRECTION_BACKEND {
-        return Ok((&flow.l2, flow.ifindex, flow.tags));
+        return way.set_back(flow).ok_or(Verdict::PASS);
     }
     let backend = maps::BACKENDS
         .get(flow.backend)
-        .filter(|b| u32::from(b.generation) == flow.generation)
+        .filter(|b| b.generation == flow.generation)
         .ok_or(Verdict::drop(DropReason::BackendDown, flow.service))?;
     if backend.flags & BACKEND_RESOLVED == 0 {
         return Err(Verdict::drop(DropReason::NoNeighbour, flow.service));
     }
-    Ok((&backend.l2, backend.ifindex, backend.tags))
+    way.set(&backend.l2, backend.ifindex, backend.tags);
+    Ok(())
 }
 
 /// Makes the quoted packet the one its sender knows, and mends the ICMP checksum.

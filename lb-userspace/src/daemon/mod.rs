@@ -786,6 +786,10 @@ impl Daemon {
             .into_iter()
             .find(|attached| attached.interface == name);
         self.serve_local(name)?;
+        // Before the first packet comes.
+        if let Ok(ifindex) = dataplane::interface_index(name) {
+            self.announce_interface(name, ifindex)?;
+        }
         let attached = self.dataplane.attach(name, self.config.daemon.mode)?;
         self.announce_interface(name, attached.ifindex)?;
         if was.as_ref().map(|was| (was.ifindex, was.mode))
@@ -850,9 +854,10 @@ impl Daemon {
     /// Writes what the data plane must know of an interface.
     fn announce_interface(&self, name: &str, ifindex: u32) -> Result<()> {
         let maps = &self.dataplane.maps;
-        let interface = start::interface(name).with_context(|| {
+        let mut interface = start::interface(name).with_context(|| {
             format!("interface {name}: cannot read its Ethernet address and MTU")
         })?;
+        interface.link = self.dataplane.link(ifindex, interface.mac)?;
         maps.interfaces.insert(&ifindex, &interface)?;
         let redirect = crate::dataplane::Redirect {
             ifindex,

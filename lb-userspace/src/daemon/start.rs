@@ -347,7 +347,7 @@ pub(super) fn open_loopback(name: &str) -> Result<()> {
 }
 
 /// What the data plane must know of an interface in the network namespace of this process, which is
-/// not always the one that /sys shows.
+/// not always the one that /sys shows; all but its place in map `links`.
 pub(super) fn interface(name: &str) -> io::Result<Interface> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     // SAFETY: plain data, for which all zeroes is a value.
@@ -375,6 +375,7 @@ pub(super) fn interface(name: &str) -> io::Result<Interface> {
         mac: std::array::from_fn(|i| mac[i].cast_unsigned()),
         // That of the loopback interface is 65536.
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+        link: 0,
     })
 }
 

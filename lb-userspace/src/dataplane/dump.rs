@@ -24,8 +24,8 @@ use lb_common::{
     names::{self, name_of},
     probe::ProbeTarget,
     service::{
-        GATEWAY_RESOLVED, Gateway, Interface, ORIGIN, Service, ServiceKey, VIP_ANSWER_ARP,
-        VIP_HELD, Vip,
+        ClientLink, GATEWAY_RESOLVED, Gateway, Interface, LINKS, ORIGIN, Service, ServiceKey,
+        VIP_ANSWER_ARP, VIP_HELD, Vip,
     },
     stats::{Counters, DropReason},
     vlan,
@@ -99,8 +99,8 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "flows6" => flows::<[u32; 4]>(&maps, emit),
         "flow_sets4" => array(&maps.flow_sets4, emit, set),
         "flow_sets6" => array(&maps.flow_sets6, emit, set),
-        "opening4" => hash(&maps.opening4, emit, flow),
-        "opening6" => hash(&maps.opening6, emit, flow),
+        "opening4" => hash(&maps.opening4, emit, |key, value| flow(&maps, key, value)),
+        "opening6" => hash(&maps.opening6, emit, |key, value| flow(&maps, key, value)),
         "last_opening" => array(
             &maps.last_opening,
             emit,
@@ -151,7 +151,12 @@ pub fn dump(pin_path: &Path, name: &str, emit: Emit<'_>) -> Result<()> {
         "interfaces" => hash(
             &maps.interfaces,
             emit,
-            |index, i: &Interface| json!({"ifindex": index, "name": interface_name(*index), "mac": mac(&i.mac)}),
+            |index, i: &Interface| json!({"ifindex": index, "name": interface_name(*index), "mac": mac(&i.mac), "link": i.link}),
+        ),
+        "links" => array(
+            &maps.links,
+            emit,
+            |index, l: ClientLink| json!({"link": index, "ifindex": l.ifindex, "name": interface_name(l.ifindex), "mac": mac(&l.mac())}),
         ),
         "redirects" => hash(
             &maps.redirects,
@@ -212,7 +217,7 @@ where
     let mut result = Ok(());
     A::flow_table(maps)?.each(|_, key, value| {
         if result.is_ok() {
-            result = emit(flow(key, value));
+            result = emit(flow(maps, key, value));
         }
     })?;
     result
@@ -408,7 +413,7 @@ fn vlans(tags: u32) -> Value {
     there.map(|tag| tag & vlan::ID).collect()
 }
 
-fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
+fn flow<A: Address>(maps: &Maps, key: &FlowKey<A>, flow: &Flow<A>) -> Value {
     let mut value = json!({
         "protocol": protocol(key.protocol),
         "source": ip(key.src),
@@ -422,19 +427,20 @@ fn flow<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> Value {
         "service": flow.service,
         "backend": flow.backend,
         "generation": flow.generation,
-        "created_tick": flow.created,
         "last_seen_tick": flow.last_seen,
     });
     if flow.direction == DIRECTION_CLIENT {
+        value["created_tick"] = flow.created().into();
         value["direction"] = "client".into();
         value["state"] = name_of(names::STATE, flow.state).into();
     } else {
-        let (destination, source) = macs(&flow.l2);
+        let (head, tail) = (flow.hop_head.to_ne_bytes(), flow.hop_tail.to_ne_bytes());
+        let link = maps.links.read(u32::from(flow.link) % LINKS);
         value["direction"] = "backend".into();
-        value["next_hop"] = destination.into();
-        value["source_mac"] = source.into();
-        value["ifindex"] = flow.ifindex.into();
-        value["vlans"] = vlans(flow.tags);
+        value["next_hop"] = mac(&[head.as_slice(), &tail].concat()).into();
+        value["source_mac"] = mac(&link.mac()).into();
+        value["ifindex"] = link.ifindex.into();
+        value["vlans"] = vlans(flow.tags());
     }
     value
 }

@@ -26,14 +26,15 @@ use std::{
     },
 };
 
-/// Sets that are mapped at once: 64 KiB, a whole number of pages of any size that Linux has.
-const CHUNK_SETS: u32 = 64;
+/// Sets that are mapped at once: 64 KiB in IPv4 and 128 in IPv6, a whole number of pages of any size that Linux has.
+const CHUNK_SETS: u32 = 128;
 /// Chunks that a [`View`] keeps mapped.
-const MAPPED: usize = 256;
-/// Words of an entry.
-const ENTRY_WORDS: usize = size_of::<Entry<u32>>() / 8;
+const MAPPED: usize = 128;
+
 /// Bytes of a chunk.
-const CHUNK_BYTES: usize = (CHUNK_SETS * WAYS) as usize * ENTRY_WORDS * 8;
+const fn chunk_bytes<A: Address>() -> usize {
+    (CHUNK_SETS * WAYS) as usize * size_of::<Entry<A>>()
+}
 
 /// Map `flows4` or `flows6`, which [`FlowTable`] reads.
 #[derive(Debug)]
@@ -134,7 +135,7 @@ where
     /// When the kernel refuses to map a part of the table.
     pub fn each(&self, mut f: impl FnMut(u32, &FlowKey<A>, &Flow<A>)) -> io::Result<()> {
         self.walk(|set, tags, chunk| {
-            for (way, entry) in chunk.flows::<A>(set, tags) {
+            for (way, entry) in chunk.flows(set, tags) {
                 if let Some(entry) = entry {
                     f(set * WAYS + way, &entry.key, &entry.flow);
                 }
@@ -153,7 +154,7 @@ where
         let sets = self.sets();
         let mut odd = HashSet::new();
         self.walk(|set, tags, chunk| {
-            for (way, entry) in chunk.flows::<A>(set, tags) {
+            for (way, entry) in chunk.flows(set, tags) {
                 let tag = tags.of(way);
                 if let Some(entry) = entry {
                     let home = Home::of::<A>(KeyWords::of(&entry.key), seed);
@@ -162,7 +163,7 @@ where
                         continue;
                     }
                 }
-                let ports = chunk.ports::<A>(set, way).load(Ordering::Acquire);
+                let ports = chunk.ports(set, way).load(Ordering::Acquire);
                 odd.insert((set, way, tag, ports));
             }
         })?;
@@ -171,7 +172,7 @@ where
         let forgotten: Vec<Odd> = odd.intersection(&before).copied().collect();
         for (set, way, tag, ports) in forgotten {
             let chunk = view.chunk(set)?;
-            let word = chunk.ports::<A>(set, way);
+            let word = chunk.ports(set, way);
             let is_same = Tags(self.tags(set).load(Ordering::Acquire)).of(way) == tag;
             let order = Ordering::AcqRel;
             if is_same
@@ -201,7 +202,7 @@ where
     }
 
     /// Shows `f` the sets that are not empty.
-    fn walk(&self, mut f: impl FnMut(u32, Tags, &Chunk)) -> io::Result<()> {
+    fn walk(&self, mut f: impl FnMut(u32, Tags, &Chunk<A>)) -> io::Result<()> {
         let sets = self.sets();
         for number in 0..sets.div_ceil(CHUNK_SETS) {
             let first = number * CHUNK_SETS;
@@ -221,14 +222,14 @@ where
         Ok(())
     }
 
-    fn chunk(&self, number: u32) -> io::Result<Chunk> {
-        let bytes = self.entries.places as usize * ENTRY_WORDS * 8;
-        let offset = number as usize * CHUNK_BYTES;
+    fn chunk(&self, number: u32) -> io::Result<Chunk<A>> {
+        let bytes = self.entries.places as usize * size_of::<Entry<A>>();
+        let offset = number as usize * chunk_bytes::<A>();
         Chunk::map(
             self.entries.as_fd(),
             number * CHUNK_SETS,
             offset,
-            CHUNK_BYTES.min(bytes - offset),
+            chunk_bytes::<A>().min(bytes - offset),
         )
     }
 }
@@ -238,7 +239,7 @@ where
 pub struct View<'a, A> {
     table: &'a FlowTable<A>,
     /// What is mapped, by number.
-    chunks: RefCell<HashMap<u32, Rc<Chunk>>>,
+    chunks: RefCell<HashMap<u32, Rc<Chunk<A>>>>,
 }
 
 impl<A: Address> View<'_, A>
@@ -268,7 +269,7 @@ where
         let ports = KeyWords::of(key).ports();
         while let Some((set, way, flow)) = self.find(key)? {
             let chunk = self.chunk(set)?;
-            let taken = chunk.ports::<A>(set, way).compare_exchange(
+            let taken = chunk.ports(set, way).compare_exchange(
                 ports,
                 0,
                 Ordering::AcqRel,
@@ -304,7 +305,7 @@ where
     }
 
     /// The chunk that has a set.
-    fn chunk(&self, set: u32) -> io::Result<Rc<Chunk>> {
+    fn chunk(&self, set: u32) -> io::Result<Rc<Chunk<A>>> {
         let number = set / CHUNK_SETS;
         let mut chunks = self.chunks.borrow_mut();
         if let Some(chunk) = chunks.get(&number) {
@@ -352,19 +353,24 @@ where
 
 /// A mapped part of the table.
 #[derive(Debug)]
-struct Chunk {
+struct Chunk<A> {
     words: NonNull<AtomicU64>,
     bytes: usize,
     /// Its first set.
     first: u32,
+    address: PhantomData<A>,
 }
 
-impl Chunk {
+impl<A: Address> Chunk<A>
+where
+    Entry<A>: Pod,
+{
     fn map(fd: BorrowedFd<'_>, first: u32, offset: usize, bytes: usize) -> io::Result<Self> {
         Ok(Self {
             words: map_words(fd, offset, bytes)?,
             bytes,
             first,
+            address: PhantomData,
         })
     }
 
@@ -373,36 +379,30 @@ impl Chunk {
     /// # Panics
     /// If the set is not in this chunk.
     fn entry(&self, set: u32, way: u32) -> &[AtomicU64] {
-        let start = ((set - self.first) * WAYS + way) as usize * ENTRY_WORDS;
+        let entry_words = size_of::<Entry<A>>() / 8;
+        let start = ((set - self.first) * WAYS + way) as usize * entry_words;
         assert!(
-            (start + ENTRY_WORDS) * 8 <= self.bytes,
+            (start + entry_words) * 8 <= self.bytes,
             "set {set} is not in the chunk of set {}",
             self.first
         );
         // SAFETY: within the mapping, as asserted; others change the words only while we look at them
         // atomically.
-        unsafe { std::slice::from_raw_parts(self.words.add(start).as_ptr(), ENTRY_WORDS) }
+        unsafe { std::slice::from_raw_parts(self.words.add(start).as_ptr(), entry_words) }
     }
 
     /// An entry's word of ports and protocol.
-    fn ports<A: Address>(&self, set: u32, way: u32) -> &AtomicU64 {
+    fn ports(&self, set: u32, way: u32) -> &AtomicU64 {
         &self.entry(set, way)[ports_offset::<A>() / 8]
     }
 
     /// The entries of a set that are in use; `None` where there is no flow, or not yet.
-    fn flows<A: Address>(
-        &self,
-        set: u32,
-        tags: Tags,
-    ) -> impl Iterator<Item = (u32, Option<Entry<A>>)>
-    where
-        Entry<A>: Pod,
-    {
+    fn flows(&self, set: u32, tags: Tags) -> impl Iterator<Item = (u32, Option<Entry<A>>)> {
         (0..WAYS)
             .filter(move |way| tags.of(*way) != 0)
             .map(move |way| {
                 let words = self.entry(set, way);
-                let ports = || self.ports::<A>(set, way).load(Ordering::Acquire);
+                let ports = || self.ports(set, way).load(Ordering::Acquire);
                 let before = ports();
                 if before == 0 || before == CLAIMED {
                     return (way, None);
@@ -414,7 +414,7 @@ impl Chunk {
     }
 }
 
-impl Drop for Chunk {
+impl<A> Drop for Chunk<A> {
     fn drop(&mut self) {
         // SAFETY: the mapping of `map`; references into it borrow `self` and have ended.
         unsafe {

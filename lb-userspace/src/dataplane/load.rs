@@ -19,6 +19,7 @@ use lb_common::{
     abi::{ABI_VERSION, MAGIC, Settings},
     flow_table,
     local::LocalSettings,
+    service::ClientLink,
 };
 use std::{
     collections::BTreeMap,
@@ -358,6 +359,26 @@ impl Dataplane {
             });
         }
         Ok(attached)
+    }
+
+    /// The place of an interface in map `links`, which is given one if it has none.
+    ///
+    /// # Errors
+    ///
+    /// When all places belong to interfaces that are there.
+    pub fn link(&self, ifindex: u32, mac: [u8; 6]) -> Result<u32> {
+        let links = &self.maps.links;
+        let find =
+            |fits: &dyn Fn(u32) -> bool| (1..links.len()).find(|p| fits(links.read(*p).ifindex));
+        let place = find(&|owner| owner == ifindex)
+            .or_else(|| find(&|owner| owner == 0))
+            .or_else(|| find(&|owner| attach::interface_name(owner).is_none()))
+            .context("more interfaces than map links has places")?;
+        let link = ClientLink::new(ifindex, mac);
+        if links.read(place) != link {
+            links.store(place, link);
+        }
+        Ok(place)
     }
 
     /// The programs in the kernel.

@@ -19,7 +19,7 @@ use lb_common::{
     fragment::{Datagram, FragmentKey},
     local::{LocalSettings, Peer, PeerKey},
     probe::ProbeTarget,
-    service::{Cursor, Gateway, Interface, Service, Vip},
+    service::{ClientLink, Cursor, Gateway, Interface, Service, Vip},
     stats::Counters,
 };
 use std::{
@@ -143,6 +143,8 @@ maps! {
     drops: PerCpuArray<u64>,
     /// Attached interfaces by index.
     interfaces: HashMap<u32, Interface>,
+    /// These interfaces, as flows name them.
+    links: SharedArray<ClientLink>,
     /// Interfaces that packets may be sent on.
     redirects: HashMap<u32, Redirect>,
     /// What concerns the host's own sockets: clients on it, and health checks.

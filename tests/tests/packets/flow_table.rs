@@ -172,8 +172,10 @@ fn a_full_table_keeps_its_counts_true_with_several_cpus() {
         assert_eq!(keys.len(), flows.len(), "no key is there twice");
         let (clients, counted) = counted(&balancer, family);
         assert_eq!(clients, counted, "what is counted is what is there");
-        // Nothing is lost of the table itself: it takes as many new flows as it has entries.
+        // Nothing is lost of the table itself: it takes as many new flows as it has entries. Both entries
+        // of a flow that has to go are removed, so it is not always full.
         balancer.reset();
+        let mut most = 0;
         for n in 1000..1100 {
             let packet = from_client(family, protocol, n);
             let packet = if protocol == TCP {
@@ -182,8 +184,8 @@ fn a_full_table_keeps_its_counts_true_with_several_cpus() {
                 packet
             };
             assert_eq!(balancer.run_uncounted(&packet.build()).0, Verdict::Tx);
+            most = most.max(balancer.flows(family).len());
         }
-        let flows = balancer.flows(family);
-        assert!(flows.len() > 3 * 8 - 4, "{flows:?}");
+        assert!(most > 3 * 8 - 3, "{most} of 24 entries");
     }
 }

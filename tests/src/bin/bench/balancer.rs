@@ -87,6 +87,7 @@ impl Balancer {
         let interface = Interface {
             mac: BALANCER_MAC,
             mtu: 1500,
+            link: dataplane.link(ifindex, BALANCER_MAC)?,
         };
         dataplane.maps.interfaces.insert(&ifindex, &interface)?;
         let services = Self::services(plans);
