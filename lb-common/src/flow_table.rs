@@ -498,6 +498,36 @@ mod tests {
     }
 
     #[test]
+    fn clients_and_their_answers_in_nat_fill_it_evenly() {
+        const FIRST: u32 = 32_768;
+        const LAST: u32 = 60_999;
+        let flows: u32 = 60_000;
+        for backends in [2, 16, 100] {
+            let sets = sets(flows);
+            let mut taken = std::collections::HashSet::new();
+            let mut keys = std::vec::Vec::new();
+            for i in 0..flows / 2 {
+                let port = |p: u32| u64::from((p as u16).to_be());
+                let client = [u64::from(i / 4) << 8 | 0xc612 << 40, 0, 0, 0, {
+                    port(1024 + (i & 3)) | port(80) << 16 | 6 << 32
+                }];
+                let backend = 0x0102_c612_0302_c612 + u64::from(i % backends);
+                let answer = |p: u32| [backend, 0, 0, 0, port(80) | port(p) << 16 | 6 << 32];
+                let set = Home::of::<u32>(KeyWords(client), 0x5eed).first(sets) + 1;
+                let near = Home::of::<u32>(KeyWords(answer(0)), 0x5eed).port_to(set % sets, sets);
+                let mut offset = near.wrapping_sub(FIRST) % ROUND;
+                while !taken.insert((i % backends, offset)) {
+                    offset = (offset + 97) % (LAST - FIRST + 1);
+                }
+                keys.extend([client, answer(FIRST + offset)]);
+            }
+            let (lost, at_home) = fill(keys.into_iter(), sets, false);
+            assert!(lost < 0.000_2, "{backends}: {lost} of a full table is lost");
+            assert!(at_home > 0.6, "{backends}: {at_home} at home");
+        }
+    }
+
+    #[test]
     fn what_is_over_or_half_open_goes_first() {
         let client = |state| Flow::<u32> {
             state,

@@ -471,14 +471,17 @@ impl Family for V4 {
 
     #[inline(always)]
     fn readdress(header: Cursor, src: u32, dst: u32, l3_delta: u16, hops: u8) {
-        // TTL shares its 16-bit word with the protocol.
-        let ttl_word: u16 = header.read(offset_of!(Ipv4Hdr, ttl));
-        header.write(offset_of!(Ipv4Hdr, ttl), hops);
-        let new_ttl_word: u16 = header.read(offset_of!(Ipv4Hdr, ttl));
-        let delta =
-            csum::fold(u64::from(l3_delta) + u64::from(!ttl_word) + u64::from(new_ttl_word));
-        let check: u16 = header.read(offset_of!(Ipv4Hdr, check));
-        header.write(offset_of!(Ipv4Hdr, check), csum::update(check, delta));
+        // TTL, protocol and checksum, read and written as one word: a read of two bytes one of which has just been written
+        // waits until memory has that byte, and with it all that was written before, such as a new flow.
+        let [ttl, protocol, sum @ ..] = header.read::<u32>(offset_of!(Ipv4Hdr, ttl)).to_ne_bytes();
+        let before = u16::from_ne_bytes([ttl, protocol]);
+        let after = u16::from_ne_bytes([hops, protocol]);
+        let delta = csum::fold(u64::from(l3_delta) + u64::from(!before) + u64::from(after));
+        let [c0, c1] = csum::update(u16::from_ne_bytes(sum), delta).to_ne_bytes();
+        header.write(
+            offset_of!(Ipv4Hdr, ttl),
+            u32::from_ne_bytes([hops, protocol, c0, c1]),
+        );
         header.write_address(offset_of!(Ipv4Hdr, src_addr), src);
         header.write_address(offset_of!(Ipv4Hdr, dst_addr), dst);
     }

@@ -857,6 +857,17 @@ impl Balancer {
         self.set("links", link, service::ClientLink::new(ifindex, mac));
     }
 
+    /// Takes an interface out of the map of interfaces.
+    pub fn forget_interface(&mut self, ifindex: u32) {
+        let mut interfaces: BpfHashMap<&mut MapData, u32, Raw<service::Interface>> = self
+            .map("interfaces")
+            .try_into()
+            .unwrap_or_else(|e| panic!("map interfaces is not a hash of these sizes: {e}"));
+        interfaces
+            .remove(&ifindex)
+            .unwrap_or_else(|e| panic!("map interfaces: {e}"));
+    }
+
     /// Sets the flags of a VIP.
     pub fn set_vip_flags(&mut self, vip: IpAddr, flags: u32) {
         match vip {
@@ -1341,20 +1352,26 @@ impl Balancer {
     /// All flows of a family, sorted.
     #[must_use]
     pub fn flows(&self, family: Family) -> Vec<FlowEntry> {
-        let mut entries: Vec<_> = match family {
+        let mut entries: Vec<_> = self.placed(family).into_iter().map(|(_, f)| f).collect();
+        entries.sort();
+        entries
+    }
+
+    /// The flow table of a family, and the set of each entry.
+    pub fn placed(&self, family: Family) -> Vec<(u32, FlowEntry)> {
+        let set = |place: u32| place / flow_table::WAYS;
+        match family {
             Family::V4 => self
                 .recorded::<u32>()
                 .iter()
-                .map(|(_, k, f)| readable(k, f))
+                .map(|(place, k, f)| (set(*place), readable(k, f)))
                 .collect(),
             Family::V6 => self
                 .recorded::<[u32; 4]>()
                 .iter()
-                .map(|(_, k, f)| readable(k, f))
+                .map(|(place, k, f)| (set(*place), readable(k, f)))
                 .collect(),
-        };
-        entries.sort();
-        entries
+        }
     }
 
     /// The half-open flows of a family, sorted.

@@ -7,8 +7,8 @@ use bytemuck::Zeroable;
 use lb_common::{
     abi::{ABI_VERSION, MAGIC, Settings},
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
-    flow::{Flow, FlowKey, state},
-    service::{GATEWAY_RESOLVED, Gateway, Service, ServiceKey, Vip},
+    flow::{Flow, FlowKey, THROUGH_GATEWAY, state},
+    service::{GATEWAY_RESOLVED, Gateway, LINKS, Service, ServiceKey, Vip},
     stats::Counters,
 };
 use std::{
@@ -955,4 +955,28 @@ fn packets_run_through_the_program_without_an_interface() {
         run.verdict, 2,
         "XDP_PASS, come in on the loopback interface"
     );
+}
+
+#[test]
+fn an_interface_keeps_its_place_among_the_links() {
+    const FIRST_GONE: u32 = 0x7000_0000;
+    if !root() {
+        return;
+    }
+    let dataplane = Dataplane::load_unpinned(&LIMITS, settings()).unwrap();
+    let loopback = interface_index("lo").unwrap();
+    let (mac, other) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+    let place = dataplane.link(loopback, mac).unwrap();
+    assert_ne!(place, u32::from(THROUGH_GATEWAY));
+    // None of these is there.
+    for n in 0..LINKS - 2 {
+        assert_ne!(dataplane.link(FIRST_GONE + n, mac).unwrap(), place);
+    }
+    assert_eq!(dataplane.link(loopback, other).unwrap(), place);
+    let link = dataplane.maps.links.read(place);
+    assert_eq!((link.ifindex, link.mac()), (loopback, other));
+    // No place is free any more, so one that is gone gives way.
+    let next = dataplane.link(FIRST_GONE + LINKS, mac).unwrap();
+    assert_ne!(next, place);
+    assert_eq!(dataplane.maps.links.read(next).ifindex, FIRST_GONE + LINKS);
 }

@@ -189,3 +189,26 @@ fn a_full_table_keeps_its_counts_true_with_several_cpus() {
         assert!(most > 3 * 8 - 3, "{most} of 24 entries");
     }
 }
+
+#[test]
+fn in_nat_answers_are_recorded_beside_their_clients() {
+    const SETS: u32 = 512;
+    for family in Family::BOTH {
+        let services = vec![service(family, TCP, VIP, 80).backend(BACKEND_1, 8080, 1)];
+        // What the daemon takes if it is not told.
+        let mut balancer = Balancer::with_ports(services, (1024, 32767));
+        balancer.set_flow_sets(SETS);
+        for n in 0..200 {
+            let syn = from_client(family, TCP, n).syn().build();
+            assert_eq!(balancer.run_uncounted(&syn).0, Verdict::Tx);
+        }
+        let placed = balancer.placed(family);
+        let set_of: BTreeMap<_, _> = placed.iter().map(|(s, f)| ((f.src, f.dst), *s)).collect();
+        let clients = placed.iter().filter(|(_, flow)| !flow.from_backend);
+        let beside = clients
+            .filter(|(set, flow)| set_of[&(flow.out_dst, flow.out_src)] == (set + 1) % SETS)
+            .count();
+        // But for those whose port another has, or that find their set crowded.
+        assert!(beside > 180, "{beside} of 200");
+    }
+}

@@ -1,8 +1,11 @@
 //! What hardly ever happens: the kernel refuses what it is asked for.
 
-use lb_common::{service::forward, stats::DropReason};
+use lb_common::{
+    service::{forward, scheduler},
+    stats::DropReason,
+};
 use sluice_tests::{
-    harness::{Balancer, TCP, UDP, Verdict, service},
+    harness::{Balancer, INGRESS, TCP, UDP, Verdict, service},
     packet::{BACKEND_1, BALANCER, CLIENT, Family, VIP, tcp, udp},
 };
 
@@ -50,5 +53,32 @@ fn a_flow_that_cannot_be_recorded_is_dropped_and_counted() {
         // Another client's is recorded.
         let other = tcp(family).from(CLIENT, 40000).to(BALANCER, PORT).syn();
         assert_eq!(balancer.send(&other).verdict, Verdict::Tx);
+    }
+}
+
+/// Answers would not find back: the daemon tells of every interface before the program is there, so this
+/// is one that has just gone.
+#[test]
+fn a_flow_from_an_unknown_interface_is_not_recorded_where_answers_have_to_find_back() {
+    for family in Family::BOTH {
+        for mode in [forward::NAT, forward::DNAT, forward::DSR] {
+            let mut balancer = Balancer::new(vec![
+                service(family, UDP, VIP, 80)
+                    .forward(mode)
+                    .scheduler(scheduler::ROUND_ROBIN)
+                    .backend(BACKEND_1, 80, 1),
+            ]);
+            balancer.forget_interface(INGRESS);
+            let outcome = balancer.send(&udp(family).from(CLIENT, 40000).to(VIP, 80));
+            let what = format!("{family:?}, mode {mode}");
+            if mode == forward::DSR {
+                assert_eq!(outcome.verdict, Verdict::Tx, "{what}");
+                continue;
+            }
+            assert_eq!(outcome.verdict, Verdict::Drop, "{what}");
+            let drops: Vec<_> = outcome.counts.drops.into_iter().collect();
+            assert_eq!(drops, [(DropReason::NoNeighbour.name(), 1)], "{what}");
+            assert!(balancer.flows(family).is_empty(), "{what}");
+        }
     }
 }
