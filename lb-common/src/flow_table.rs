@@ -177,7 +177,8 @@ const UNSTRIDE: u32 = {
 };
 
 impl Home {
-    /// Of a key. The seed is drawn at load, so nobody outside can aim at a set.
+    /// Of a key. The seed is drawn at load, so nobody outside can aim at a set; whose keys differ in the destination port alone can have some of
+    /// them meet in the same first set, but not in the second.
     #[inline(always)]
     #[must_use]
     pub const fn of<A: Address>(words: KeyWords, seed: u32) -> Self {

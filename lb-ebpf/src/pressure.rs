@@ -196,14 +196,15 @@ fn recycle<F: Family>(any: u32) -> u64 {
         // SAFETY: as in `flow::follow`.
         let reply = unsafe { &*reply };
         let client = reply.opposite(key.protocol);
-        if any == 0
-            && let Some(flow) = F::opening().get_ptr(&client)
-        {
-            // SAFETY: as above.
-            let created = unsafe { (*flow).created() };
-            if ticks_since(work.arrival.now, created) < HALF_OPEN {
-                return 0;
-            }
+        // If the client's entry is not there, it may be about to come.
+        let began = F::opening()
+            .get_ptr(&client)
+            .map_or(reply.last_seen, |flow| {
+                // SAFETY: as above.
+                unsafe { (*flow).created() }
+            });
+        if any == 0 && ticks_since(work.arrival.now, began) < HALF_OPEN {
+            return 0;
         }
         forget::<F>(&client, key);
         return u64::from(F::find(table::REPLY) == table::NONE);

@@ -26,7 +26,7 @@ use lb_common::{
     service::{self, ServiceKey},
     stats::{Counters, DropReason},
 };
-use sluice::dataplane::FlowTable;
+use sluice::dataplane::{FlowTable, STORES_IN_ORDER};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -1635,6 +1635,7 @@ fn load() -> Ebpf {
     }
     let mut ebpf = loader
         .override_global("BUCKETS", &LISTENERS, true)
+        .override_global("STORES_IN_ORDER", &STORES_IN_ORDER, true)
         .load(sluice::dataplane::OBJECT)
         .unwrap_or_else(|e| panic!("the object does not load: {}", chain(&e)));
     let program: &mut Xdp = ebpf

@@ -90,6 +90,9 @@ impl Way {
     #[inline(always)]
     pub fn set_back<A>(&mut self, flow: &Flow<A>) -> Option<()> {
         let link = maps::LINKS.get(flow.link.into())?;
+        if link.ifindex == 0 {
+            return None;
+        }
         self.l2[0] = flow.hop_head;
         self.l2[1] = u32::from(flow.hop_tail) | link.source[0];
         self.l2[2] = link.source[1];
@@ -128,11 +131,12 @@ pub struct Work<A> {
     pub avoid: u32,
     /// When that SYN came, if there was one.
     pub since: u32,
-    /// When the first packet of the new flow came.
-    pub created: u32,
+
     /// The hash of the flow that the two before are about: what stops on its way to be placed leaves
     /// them behind.
     pub avoider: u32,
+    /// When the first packet of the new flow came.
+    pub created: u32,
     /// The backend's entry of a new flow, and its key.
     pub reply: Flow<A>,
     pub reply_key: FlowKey<A>,

@@ -156,8 +156,9 @@ pub fn choose<F: Family>() -> Decision {
     let key = &arrival.key;
     let (mut link, mut mtu) = (THROUGH_GATEWAY, 0);
     if translates && work.recording != 0 && !returns {
-        // SAFETY: a copy of two half words.
-        let Some(interface) = (unsafe { maps::INTERFACES.get(arrival.ifindex) }) else {
+        // SAFETY: a copy of a record that hardly ever changes.
+        let interface = unsafe { maps::INTERFACES.get(arrival.ifindex) };
+        let Some(interface) = interface.filter(|i| i.link != THROUGH_GATEWAY.into()) else {
             return dropped(DropReason::NoNeighbour, number);
         };
         (link, mtu) = (interface.link as u16, interface.mtu);
@@ -298,6 +299,16 @@ pub fn record_reply<F: Family>() -> Decision {
         return FOLLOW;
     }
     let mut own = work.reply.forward == forward::DNAT;
+    // After the client's own port the one beside it; after that another one of the same set, if there is one.
+    let mut next = if own {
+        offset
+    } else if offset + ROUND < span {
+        offset + ROUND
+    } else if offset >= ROUND {
+        offset % ROUND
+    } else {
+        (offset + stride) % span.max(1)
+    };
     // Packets that find no record keep their port.
     let keeps_port = maps::SERVICES
         .get(work.service)
@@ -343,14 +354,10 @@ pub fn record_reply<F: Family>() -> Decision {
                 return FOLLOW;
             }
         }
-        // The next one of the same set, if there is one; then any.
-        offset += if attempt == 0 && span > ROUND {
-            ROUND
-        } else {
-            stride
-        };
-        if offset >= span {
-            offset -= span;
+        offset = next;
+        next += stride;
+        if next >= span {
+            next -= span;
         }
     }
     dropped(DropReason::PortExhausted, work.service)

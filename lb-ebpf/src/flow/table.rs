@@ -1,6 +1,6 @@
 //! The flow table: see [`lb_common::flow_table`].
 //!
-//! To find, add and remove are subprograms, which take their key from the CPU's [`Work`]. Only the first
+//! To find, reserve, fill and remove are subprograms, which take their key from the CPU's [`Work`]. Only the first
 //! look, where most flows are found, is in the way of every packet.
 
 use super::{Work, change};
@@ -16,9 +16,9 @@ use lb_common::{
     service::forward,
 };
 
-/// The key in `work.arrival.key`; what is added with it is `work.client`.
+/// The key in `work.arrival.key`; what is recorded under it is `work.client`.
 pub const ARRIVAL: u32 = 0;
-/// The key in `work.reply_key`; what is added with it is `work.reply`.
+/// The key in `work.reply_key`; what is recorded under it is `work.reply`.
 pub const REPLY: u32 = 1;
 /// The key in `work.other_key`.
 pub const OTHER: u32 = 2;
@@ -137,6 +137,19 @@ fn ports_of<A: Address>(entry: *mut Entry<A>) -> *mut u64 {
 fn ports<A: Address>(entry: *mut Entry<A>) -> u64 {
     // SAFETY: a word of a map value, aligned to 8 bytes.
     unsafe { ports_of(entry).read_volatile() }
+}
+
+/// [`ports`], read before anything that is read afterwards.
+#[inline(always)]
+fn ports_before_key<A: Address>(entry: *mut Entry<A>) -> u64 {
+    let ports = ports(entry);
+    // SAFETY: a word of a map value, aligned to 8 bytes, and a constant.
+    unsafe {
+        if (&raw const STORES_IN_ORDER).read_volatile() == 0 {
+            atomic::fetch_or_u64(ports_of(entry), 0);
+        }
+    }
+    ports
 }
 
 #[inline(always)]
@@ -302,7 +315,7 @@ const RESERVED: u64 = 1;
 /// Reserves an entry for a key that is not there, a free one or that of a flow that will be missed least, and leaves its
 /// number in `work.number`.
 ///
-/// Of CPUs that reserve one for the same key, all but the first give way. What tells them who that is are the words of
+/// Of CPUs that reserve one for the same key, no more than one does not give way. What tells them who that is are the words of
 /// tags, on whose changes all CPUs agree: whoever meets the key's tag in a set, or cannot rule out that it is in the
 /// other one, looks at the entries, and takes one that is not filled yet for the same key's.
 #[inline(always)]
@@ -384,7 +397,7 @@ fn contested_in<F: Family>(
         if number != ours[0]
             && number != ours[1]
             && let Some(entry) = entry::<F>(number)
-            && (!is_flow(ports(entry)) || same(entry, key))
+            && (!is_flow(ports_before_key(entry)) || same(entry, key))
         {
             return true;
         }

@@ -786,9 +786,11 @@ impl Daemon {
             .into_iter()
             .find(|attached| attached.interface == name);
         self.serve_local(name)?;
-        // Before the first packet comes.
-        if let Ok(ifindex) = dataplane::interface_index(name) {
-            self.announce_interface(name, ifindex)?;
+        // Before the first packet comes. What is wrong shows behind it.
+        if let Ok(ifindex) = dataplane::interface_index(name)
+            && let Err(error) = self.announce_interface(name, ifindex)
+        {
+            debug!("{error:#}");
         }
         let attached = self.dataplane.attach(name, self.config.daemon.mode)?;
         self.announce_interface(name, attached.ifindex)?;
@@ -851,30 +853,43 @@ impl Daemon {
         Ok(())
     }
 
-    /// Writes what the data plane must know of an interface.
+    /// Writes what the data plane must know of an interface, and lets it send there.
     fn announce_interface(&self, name: &str, ifindex: u32) -> Result<()> {
+        self.describe_interface(name, ifindex)?;
+        // The driver of a bond hands the program packets as those of the interfaces below it.
+        for (below, ifindex) in start::interfaces_below(name) {
+            self.describe_interface(&below, ifindex)?;
+        }
+        let redirect = crate::dataplane::Redirect {
+            ifindex,
+            program: 0,
+        };
+        self.dataplane.maps.redirects.insert(&ifindex, &redirect)?;
+        Ok(())
+    }
+
+    /// Writes what the data plane must know of an interface that packets come from.
+    fn describe_interface(&self, name: &str, ifindex: u32) -> Result<()> {
         let maps = &self.dataplane.maps;
         let mut interface = start::interface(name).with_context(|| {
             format!("interface {name}: cannot read its Ethernet address and MTU")
         })?;
         interface.link = self.dataplane.link(ifindex, interface.mac)?;
-        maps.interfaces.insert(&ifindex, &interface)?;
-        let redirect = crate::dataplane::Redirect {
-            ifindex,
-            program: 0,
-        };
-        maps.redirects.insert(&ifindex, &redirect)?;
+        // What is replaced may be another interface's at once, while a packet reads it.
+        if maps.interfaces.get(&ifindex)? != Some(interface) {
+            maps.interfaces.insert(&ifindex, &interface)?;
+        }
         Ok(())
     }
 
     fn detach(&mut self, name: &str) -> Result<()> {
         let attached = self.dataplane.interfaces()?;
+        if self.dataplane.detach(name)? {
+            info!("interface {name}: detached");
+        }
         if let Some(attached) = attached.iter().find(|a| a.interface == name) {
             self.dataplane.maps.interfaces.remove(&attached.ifindex)?;
             self.dataplane.maps.redirects.remove(&attached.ifindex)?;
-        }
-        if self.dataplane.detach(name)? {
-            info!("interface {name}: detached");
         }
         Ok(())
     }
@@ -896,9 +911,29 @@ impl Daemon {
                 },
             }
         }
+        if let Err(error) = self.forget_interfaces() {
+            debug!("interfaces that are gone: {error:#}");
+        }
         self.retire();
         self.warn_of_drops();
         self.warn_of_pressure();
+    }
+
+    /// Takes interfaces that are gone out of the maps.
+    fn forget_interfaces(&self) -> Result<()> {
+        let maps = &self.dataplane.maps;
+        let mut gone = Vec::new();
+        maps.interfaces.iter_batches(|ifindex, _| {
+            if dataplane::interface_name(*ifindex).is_none() {
+                gone.push(*ifindex);
+            }
+        })?;
+        for ifindex in gone {
+            maps.interfaces.remove(&ifindex)?;
+            // The kernel has taken it out of this one itself.
+            maps.redirects.remove(&ifindex)?;
+        }
+        Ok(())
     }
 
     /// Forgets backends that were removed from the configuration and have no flow left.

@@ -346,6 +346,24 @@ pub(super) fn open_loopback(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// The interfaces directly below one, such as those of a bond, with their index, as far as /sys shows them.
+pub(super) fn interfaces_below(name: &str) -> Vec<(String, u32)> {
+    let entries = fs::read_dir(format!("/sys/class/net/{name}")).into_iter();
+    entries
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let below = entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("lower_")?
+                .to_owned();
+            let ifindex = dataplane::interface_index(&below).ok()?;
+            Some((below, ifindex))
+        })
+        .collect()
+}
+
 /// What the data plane must know of an interface in the network namespace of this process, which is
 /// not always the one that /sys shows; all but its place in map `links`.
 pub(super) fn interface(name: &str) -> io::Result<Interface> {

@@ -17,7 +17,7 @@ use lb_common::{
     backend::{BACKEND_ALIVE, BACKEND_RESOLVED, Backend, Load, Slot},
     client::{ALLOW, AccessKey, Affinity, ClientKey, SERVICE_BITS, Source},
     filter,
-    flow::{DIRECTION_CLIENT, Flow, FlowKey},
+    flow::{DIRECTION_CLIENT, Flow, FlowKey, THROUGH_GATEWAY},
     flow_table::{DISPLACED, Entry, Tags, WAYS},
     fragment::{Datagram, FragmentKey},
     local::{PEER_VIP, Peer, PeerKey},
@@ -434,9 +434,13 @@ fn flow<A: Address>(maps: &Maps, key: &FlowKey<A>, flow: &Flow<A>) -> Value {
         value["direction"] = "client".into();
         value["state"] = name_of(names::STATE, flow.state).into();
     } else {
+        value["direction"] = "backend".into();
+        if flow.link == THROUGH_GATEWAY {
+            value["next_hop"] = "gateway".into();
+            return value;
+        }
         let (head, tail) = (flow.hop_head.to_ne_bytes(), flow.hop_tail.to_ne_bytes());
         let link = maps.links.read(u32::from(flow.link) % LINKS);
-        value["direction"] = "backend".into();
         value["next_hop"] = mac(&[head.as_slice(), &tail].concat()).into();
         value["source_mac"] = mac(&link.mac()).into();
         value["ifindex"] = link.ifindex.into();

@@ -447,8 +447,8 @@ struct Loaded {
     local: Local,
 }
 
-/// Whether this processor shows its stores to others in the order in which they are made.
-const STORES_IN_ORDER: u32 = cfg!(target_arch = "x86_64") as u32;
+/// Whether this processor shows its stores to others in the order in which they are made: the program's constant of that name.
+pub const STORES_IN_ORDER: u32 = cfg!(target_arch = "x86_64") as u32;
 
 /// Loads the programs, on the maps pinned in `adopt` or on new ones.
 fn load(limits: &Limits, adopt: Option<&Path>) -> Result<Loaded> {

@@ -23,7 +23,7 @@ pub use attach::{
 pub use decap::{Decap, Running};
 pub use dump::{dump, list};
 pub use flow_table::{FlowTable, View};
-pub use load::{Dataplane, OBJECT};
+pub use load::{Dataplane, OBJECT, STORES_IN_ORDER};
 pub use local::{check_cgroup, root_cgroup};
 pub use map::{HashMap, PerCpuArray, Redirect, SharedArray, possible_cpus};
 pub use maps::{Flowing, Maps, NAMES};
