@@ -151,15 +151,14 @@ pub const ROUND: u32 = 1 << 14;
 /// A port's place in a round: another one for each port, and those of ports in a row are strewn as if by chance.
 #[inline(always)]
 const fn strewn(port: u32) -> u32 {
-    let half = port * STRIDE % ROUND;
-    (half ^ half >> 7) * STRIDE % ROUND
+    let even = port * STRIDE % ROUND;
+    even ^ even >> 7
 }
 
 /// The port that has a place.
 #[inline(always)]
 const fn gathered(place: u32) -> u32 {
-    let half = place * UNSTRIDE % ROUND;
-    (half ^ half >> 7) * UNSTRIDE % ROUND
+    (place ^ place >> 7) * UNSTRIDE % ROUND
 }
 
 /// A round divided by the golden ratio (Knuth, The Art of Computer Programming, volume 3, section 6.4).
