@@ -579,7 +579,26 @@ impl Balancer {
             .lock()
             .expect("no test panics while it takes an object")
             .pop()
-            .unwrap_or_else(|| (load(), BTreeMap::new()));
+            .unwrap_or_else(|| (load(STORES_IN_ORDER), BTreeMap::new()));
+        Self::on(ebpf, lanes, services, ports)
+    }
+
+    /// As [`Balancer::new`], with the program as it is loaded where CPUs may see the stores of another one in any order. To be
+    /// [discarded](Balancer::discard) afterwards.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    #[must_use]
+    pub fn with_stores_in_any_order(services: Vec<Service>) -> Self {
+        Self::on(load(0), BTreeMap::new(), services, (20000, 29999))
+    }
+
+    fn on(
+        ebpf: Ebpf,
+        lanes: BTreeMap<u32, u64>,
+        services: Vec<Service>,
+        ports: (u16, u16),
+    ) -> Self {
         let settings = abi::Settings {
             magic: abi::MAGIC,
             abi_version: abi::ABI_VERSION,
@@ -1602,7 +1621,7 @@ fn idle() -> &'static Mutex<Vec<(Ebpf, BTreeMap<u32, u64>)>> {
     &IDLE
 }
 
-fn load() -> Ebpf {
+fn load(stores_in_order: u32) -> Ebpf {
     let mut loader = EbpfLoader::new();
     for (name, entries) in [
         ("vips4", 64),
@@ -1635,7 +1654,7 @@ fn load() -> Ebpf {
     }
     let mut ebpf = loader
         .override_global("BUCKETS", &LISTENERS, true)
-        .override_global("STORES_IN_ORDER", &STORES_IN_ORDER, true)
+        .override_global("STORES_IN_ORDER", &stores_in_order, true)
         .load(sluice::dataplane::OBJECT)
         .unwrap_or_else(|e| panic!("the object does not load: {}", chain(&e)));
     let program: &mut Xdp = ebpf

@@ -2,7 +2,7 @@
 
 use lb_common::service::{forward, scheduler};
 use sluice_tests::{
-    harness::{Balancer, FlowEntry, TCP, UDP, Verdict, service, v4, v6},
+    harness::{Balancer, FlowEntry, Service, TCP, UDP, Verdict, service, v4, v6},
     oracle,
     packet::{BACKEND_1, BACKEND_2, Family, Packet, VIP, reply, transport},
 };
@@ -29,16 +29,20 @@ fn from_client(family: Family, protocol: u8, n: u16) -> Packet {
 
 /// A balancer with a table of so many sets.
 fn balancer(family: Family, protocol: u8, mode: u8, sets: u32) -> Balancer {
+    let mut balancer = Balancer::new(services(family, protocol, mode));
+    balancer.set_flow_sets(sets);
+    balancer
+}
+
+fn services(family: Family, protocol: u8, mode: u8) -> Vec<Service> {
     let port = if forward::translates(mode) { 8080 } else { 80 };
-    let mut balancer = Balancer::new(vec![
+    vec![
         service(family, protocol, VIP, 80)
             .forward(mode)
             .scheduler(scheduler::ROUND_ROBIN)
             .backend(BACKEND_1, port, 1)
             .backend(BACKEND_2, port, 1),
-    ]);
-    balancer.set_flow_sets(sets);
-    balancer
+    ]
 }
 
 /// The handshake of connection `n` in `nat`; the backend's port on the balancer, and the backend's MAC address.
@@ -149,45 +153,62 @@ fn a_full_table_keeps_its_counts_true_with_several_cpus() {
     ] {
         // So few entries that the CPUs meet in them all the time.
         let mut balancer = balancer(family, protocol, mode, 3);
-        let lists: Vec<Vec<_>> = (0..4_u16)
-            .map(|cpu| {
-                let packet = |n: u16| from_client(family, protocol, (cpu % 2) * 200 + n % 300);
-                (0..3000)
-                    .map(|n| {
-                        if protocol == TCP {
-                            packet(n).syn()
-                        } else {
-                            packet(n)
-                        }
-                    })
-                    .map(|packet| packet.build())
-                    .collect()
-            })
-            .collect();
-        let results = balancer.run_parallel(&lists);
-        let sent = results.iter().flatten().filter(|r| r.0 == Verdict::Tx);
-        assert!(sent.count() > 6000, "most find room");
-        let flows = balancer.flows(family);
-        let keys: BTreeSet<_> = flows.iter().map(|f| (f.src, f.dst)).collect();
-        assert_eq!(keys.len(), flows.len(), "no key is there twice");
-        let (clients, counted) = counted(&balancer, family);
-        assert_eq!(clients, counted, "what is counted is what is there");
-        // Nothing is lost of the table itself: it takes as many new flows as it has entries. Both entries
-        // of a flow that has to go are removed, so it is not always full.
-        balancer.reset();
-        let mut most = 0;
-        for n in 1000..1100 {
-            let packet = from_client(family, protocol, n);
-            let packet = if protocol == TCP {
-                packet.syn()
-            } else {
-                packet
-            };
-            assert_eq!(balancer.run_uncounted(&packet.build()).0, Verdict::Tx);
-            most = most.max(balancer.flows(family).len());
-        }
-        assert!(most > 3 * 8 - 3, "{most} of 24 entries");
+        crowd(&mut balancer, family, protocol);
     }
+}
+
+/// The program is another one there, in how entries are filled.
+#[test]
+fn so_it_does_where_stores_are_seen_in_any_order() {
+    for family in Family::BOTH {
+        let services = services(family, TCP, forward::NAT);
+        let mut balancer = Balancer::with_stores_in_any_order(services);
+        balancer.set_flow_sets(3);
+        crowd(&mut balancer, family, TCP);
+        balancer.discard();
+    }
+}
+
+/// Several CPUs begin flows at once, many of them the same, in a table of three sets.
+fn crowd(balancer: &mut Balancer, family: Family, protocol: u8) {
+    let lists: Vec<Vec<_>> = (0..4_u16)
+        .map(|cpu| {
+            let packet = |n: u16| from_client(family, protocol, (cpu % 2) * 200 + n % 300);
+            (0..3000)
+                .map(|n| {
+                    if protocol == TCP {
+                        packet(n).syn()
+                    } else {
+                        packet(n)
+                    }
+                })
+                .map(|packet| packet.build())
+                .collect()
+        })
+        .collect();
+    let results = balancer.run_parallel(&lists);
+    let sent = results.iter().flatten().filter(|r| r.0 == Verdict::Tx);
+    assert!(sent.count() > 6000, "most find room");
+    let flows = balancer.flows(family);
+    let keys: BTreeSet<_> = flows.iter().map(|f| (f.src, f.dst)).collect();
+    assert_eq!(keys.len(), flows.len(), "no key is there twice");
+    let (clients, counted) = counted(balancer, family);
+    assert_eq!(clients, counted, "what is counted is what is there");
+    // Nothing is lost of the table itself: it takes as many new flows as it has entries. Both entries
+    // of a flow that has to go are removed, so it is not always full.
+    balancer.reset();
+    let mut most = 0;
+    for n in 1000..1100 {
+        let packet = from_client(family, protocol, n);
+        let packet = if protocol == TCP {
+            packet.syn()
+        } else {
+            packet
+        };
+        assert_eq!(balancer.run_uncounted(&packet.build()).0, Verdict::Tx);
+        most = most.max(balancer.flows(family).len());
+    }
+    assert!(most > 3 * 8 - 3, "{most} of 24 entries");
 }
 
 #[test]
