@@ -856,15 +856,15 @@ impl Daemon {
     /// Writes what the data plane must know of an interface, and lets it send there.
     fn announce_interface(&self, name: &str, ifindex: u32) -> Result<()> {
         self.describe_interface(name, ifindex)?;
-        // The driver of a bond hands the program packets as those of the interfaces below it.
-        for (below, ifindex) in start::interfaces_below(name) {
-            self.describe_interface(&below, ifindex)?;
-        }
         let redirect = crate::dataplane::Redirect {
             ifindex,
             program: 0,
         };
         self.dataplane.maps.redirects.insert(&ifindex, &redirect)?;
+        // The driver of a bond hands the program packets as those of the interfaces below it.
+        for (below, ifindex) in start::interfaces_below(name) {
+            self.describe_interface(&below, ifindex)?;
+        }
         Ok(())
     }
 
